@@ -1,0 +1,60 @@
+"""Errors and the argument checks shared by every public entry point."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot run these arguments; the message says why."""
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: Sequence[int | str | None]) -> None:
+    """Raise ``ValueError`` unless ``tensor.shape`` matches ``shape``.
+
+    An ``int`` must match exactly; a string is a letter for the message (any size); ``None`` is any size.
+    """
+    sizes = tuple(tensor.shape)
+    fits = len(sizes) == len(shape) and all(
+        not isinstance(want, int) or got == want for got, want in zip(sizes, shape, strict=True)
+    )
+    if not fits:
+        want = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name}: got shape {sizes}, expected [{want}]")
+
+
+def check_dtype(name: str, tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    """Raise ``TypeError`` unless ``tensor.dtype`` is one of ``dtypes``."""
+    if tensor.dtype not in dtypes:
+        takes = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name}: got dtype {str(tensor.dtype).removeprefix('torch.')}, expected {takes}")
+
+
+def check_same_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless both tensors live on one device."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: got device {tensor.device}, expected {other.device} like {other_name}")
+
+
+def check_level(name: str, level: torch.Tensor | float, *, low: float = 0.0, exclusive: bool = False) -> None:
+    """Raise ``ValueError`` unless every noise level lies in ``[low, 1]`` (``(low, 1]`` when exclusive).
+
+    Levels on a GPU are checked there without a copy only when they are Python numbers; a CUDA tensor is not
+    read back, because that would stall the stream.
+    """
+    if isinstance(level, torch.Tensor):
+        if level.is_cuda or level.is_meta or torch.compiler.is_compiling():
+            return
+        values = level.detach()
+        bad = ~((values > low if exclusive else values >= low) & (values <= 1))
+        if not bool(bad.any()):
+            return
+        got: object = values[bad].reshape(-1)[0].item()
+    else:
+        if (level > low if exclusive else level >= low) and level <= 1:
+            return
+        got = level
+    bracket = "(" if exclusive else "["
+    raise ValueError(f"{name}: got noise level {got}, expected a value in {bracket}{low:g}, 1]")
