@@ -1,0 +1,227 @@
+"""Public op: attention of packed query ranges over lists of key ranges."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from raven import backends
+from raven.errors import check_dtype, check_same_device, check_shape
+from raven.planner import TilePlan, plan, transpose
+from raven.reference import chunk_attention as reference
+
+if TYPE_CHECKING:
+    from raven.layout import ChunkLayout, Spans
+
+HEAD_DIMS = (32, 64, 128, 256)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def chunk_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: ChunkLayout | Spans,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention where each run of queries sees a list of key ranges; differentiable in q, k, v (and in lse).
+
+    Args:
+        q: ``[B, Lq, H, D]``, bfloat16, float16, float32 or float64 (float64 on the reference only).
+        k, v: ``[B, Lk, Hkv, D]``, dtype and device of q; ``H`` must be a multiple of ``Hkv`` (grouped query heads).
+        layout: a ``ChunkLayout`` (``Lq = Lk = layout.length``) or ``Spans`` for any other pair of lengths.
+            All batch entries share it.
+        scale: factor on the scores; default ``D ** -0.5``.
+        return_lse: also return the natural log-sum-exp of the scaled scores, ``[B, H, Lq]`` float32
+            (float64 for float64 inputs).
+
+    Returns:
+        ``out`` like q, or ``(out, lse)``. A query that sees no key gives 0 and ``-inf``. The forward pass uses no
+        atomics: an input gives the same bits alone, in a batch and from run to run.
+
+    Raises:
+        ValueError: shapes, devices, or a layout that does not fit them.
+        TypeError: an unsupported dtype, or q, k, v of different dtypes.
+        BackendUnavailableError: the backend asked for by name cannot run these tensors.
+    """
+    spans = _check(q, k, v, layout)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    elif not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale: got {scale}, expected a positive finite number")
+    out, lse = _chunk_attention(q, k, v, spans.q_ranges, spans.kv_indptr, spans.kv_ranges, float(scale))
+    return (out, lse) if return_lse else out
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: ChunkLayout | Spans) -> Spans:
+    check_shape("q", q, ("B", "Lq", "H", "D"))
+    B, Lq, H, D = q.shape
+    check_shape("k", k, (B, "Lk", "Hkv", D))
+    check_shape("v", v, tuple(k.shape))
+    check_dtype("q", q, DTYPES)
+    for name, x in (("k", k), ("v", v)):
+        check_dtype(name, x, (q.dtype,))
+        check_same_device(name, x, "q", q)
+    if k.shape[2] == 0 or H % k.shape[2]:
+        raise ValueError(f"k: got {k.shape[2]} heads, expected a divisor of the {H} heads of q")
+    Lk = k.shape[1]
+    spans = getattr(layout, "spans", layout)
+    if spans is not layout and (layout.length != Lq or layout.length != Lk):
+        raise ValueError(f"layout: got {layout.length} tokens, expected {Lq} like q and {Lk} like k")
+    if spans.q_end > Lq or spans.kv_end > Lk:
+        raise ValueError(
+            f"layout: got ranges that reach query {spans.q_end} and key {spans.kv_end}, "
+            f"expected at most {Lq} (length of q) and {Lk} (length of k)"
+        )
+    return spans
+
+
+@torch.library.custom_op("raven::chunk_attention", mutates_args=())
+def _chunk_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_ranges: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_ranges: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if backends.select("chunk_attention", q, k, v) == "reference":
+        return reference.chunk_attention_forward(q, k, v, q_ranges, kv_indptr, kv_ranges, scale)
+    from raven.kernels import chunk_attention as kernels
+
+    # Kernels write only the rows of query ranges; the rest of an incomplete cover must still be defined.
+    complete = _covered(q_ranges) == q.shape[1]
+    out = (torch.empty if complete else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
+    if not complete:
+        lse.fill_(float("-inf"))
+    config = kernels.forward_config(q)
+    tiles = device_plan(q_ranges, kv_indptr, kv_ranges, config.block_q, config.block_k, q.device)
+    kernels.forward(q, k, v, out, lse, tiles, scale, config)
+    return out, lse
+
+
+@_chunk_attention.register_fake
+def _(q, k, v, q_ranges, kv_indptr, kv_ranges, scale):
+    lse_dtype = reference.accumulation_dtype(q.dtype)
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=lse_dtype)
+
+
+@torch.library.custom_op("raven::chunk_attention_backward", mutates_args=())
+def _chunk_attention_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q_ranges: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_ranges: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    spans = (q_ranges, kv_indptr, kv_ranges)
+    if backends.select("chunk_attention", q, k, v) == "reference":
+        return reference.chunk_attention_backward(grad_out, grad_lse, q, k, v, out, lse, *spans, scale)
+    from raven.kernels import chunk_attention as kernels
+
+    dq = (torch.empty if _covered(q_ranges) == q.shape[1] else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
+    keys = _transposed(*(x.numpy().tobytes() for x in spans))
+    make = torch.empty if _covered(keys[0]) == k.shape[1] else torch.zeros
+    dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    q_config, k_config = kernels.backward_configs(q)
+    q_tiles = device_plan(*spans, q_config.block_q, q_config.block_k, q.device)
+    k_tiles = device_plan(*keys, k_config.block_k, k_config.block_q, q.device)
+    kernels.backward(
+        grad_out, grad_lse, q, k, v, out, lse, dq, dk, dv, q_tiles, k_tiles, scale, q_config, k_config
+    )
+    return dq, dk, dv
+
+
+@_chunk_attention_backward.register_fake
+def _(grad_out, grad_lse, q, k, v, out, lse, q_ranges, kv_indptr, kv_ranges, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, q_ranges, kv_indptr, kv_ranges, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, q_ranges, kv_indptr, kv_ranges)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad_out, grad_lse):
+    q, k, v, out, lse, *spans = ctx.saved_tensors
+    if grad_out is None:
+        if grad_lse is None:
+            return (None,) * 7
+        grad_out = torch.zeros_like(out)
+    grads = _chunk_attention_backward(grad_out, grad_lse, q, k, v, out, lse, *spans, ctx.scale)
+    return *grads, None, None, None, None
+
+
+_chunk_attention.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _triton_reason(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"head_dim {q.shape[-1]} is not one of {HEAD_DIMS}"
+    return backends.triton_reason(q, k, v)
+
+
+backends.register("chunk_attention", triton=_triton_reason, reference=backends.always)
+
+
+def _covered(ranges: torch.Tensor) -> int:
+    return int((ranges[:, 1] - ranges[:, 0]).sum())
+
+
+@lru_cache(maxsize=1024)
+def _transposed(q_ranges: bytes, kv_indptr: bytes, kv_ranges: bytes) -> tuple[torch.Tensor, ...]:
+    """The same pairs seen from the keys: for each run of keys, the query ranges that read it."""
+    arrays = transpose(*_arrays(q_ranges, kv_indptr, kv_ranges))
+    return tuple(torch.from_numpy(a) for a in arrays)
+
+
+def device_plan(
+    q_ranges: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_ranges: torch.Tensor,
+    block_q: int,
+    block_k: int,
+    device: torch.device,
+) -> DevicePlan:
+    """The tile lists of these ranges on the device, made at the first call and kept (CUDA graphs hold their address)."""
+    return _device_plan(*(x.numpy().tobytes() for x in (q_ranges, kv_indptr, kv_ranges)), block_q, block_k, device)
+
+
+class DevicePlan:
+    """A `TilePlan` as int32 tensors on the device; ``num_tiles`` stays on the host for the launch grid."""
+
+    def __init__(self, tiles: TilePlan, device: torch.device):
+        self.num_tiles = len(tiles.q_tiles)
+        names = ("q_tiles", "full_indptr", "full_starts", "tail_indptr", "tails")
+        # One element of padding: the kernels read one tile ahead of the loop.
+        flat = [torch.from_numpy(getattr(tiles, name)).reshape(-1) for name in names]
+        packed = torch.cat([torch.cat([x, x.new_zeros(1)]) for x in flat]).to(device)
+        for name, part in zip(names, packed.split([len(x) + 1 for x in flat]), strict=True):
+            setattr(self, name, part)
+
+
+@lru_cache(maxsize=1024)
+def _device_plan(
+    q_ranges: bytes, kv_indptr: bytes, kv_ranges: bytes, block_q: int, block_k: int, device: torch.device
+) -> DevicePlan:
+    return DevicePlan(plan(*_arrays(q_ranges, kv_indptr, kv_ranges), block_q, block_k), device)
+
+
+def _arrays(q_ranges: bytes, kv_indptr: bytes, kv_ranges: bytes):
+    import numpy as np
+
+    q, p, k = (np.frombuffer(x, dtype=np.int32) for x in (q_ranges, kv_indptr, kv_ranges))
+    return q.reshape(-1, 2), p, k.reshape(-1, 2)
