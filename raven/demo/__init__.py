@@ -1,0 +1,1 @@
+"""The demo: teacher, causal start, RAVEN, CM-GRPO, evaluation and a report, on the built-in world ``shapes``."""

@@ -1,0 +1,158 @@
+"""Videos as files: frames as bytes, mp4 written chunk by chunk, animated previews, side-by-side grids."""
+
+from __future__ import annotations
+
+import importlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+
+INSTALL_HINT = "pip install raven-kernels[demo]"
+OPTIONAL_PACKAGES = ("PIL", "imageio_ffmpeg", "matplotlib", "tqdm")
+
+
+def need(package: str, purpose: str) -> ModuleType:
+    """Import an optional package, or raise ``ModuleNotFoundError`` that names what to install."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ModuleNotFoundError(f"{purpose} needs {package}: {INSTALL_HINT}", name=package) from error
+
+
+def to_frames(video: torch.Tensor) -> np.ndarray:
+    """Turn one video ``[3, F, H, W]`` with values in [-1, 1] into frames ``[F, H, W, 3]`` uint8.
+
+    Raises ``ValueError`` for another shape. Values outside [-1, 1] are clipped, not-a-number becomes mid grey.
+    """
+    if video.ndim != 4 or video.shape[0] != 3:
+        raise ValueError(f"video: got shape {tuple(video.shape)}, expected [3, F, H, W]")
+    values = torch.nan_to_num(video.detach().float().cpu(), nan=0.0).clamp(-1, 1)
+    return ((values + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous().numpy()
+
+
+def enlarge(frames: np.ndarray, at_least: int = 192) -> np.ndarray:
+    """Repeat pixels by a whole factor until the shorter side has ``at_least`` pixels and both sides are even.
+
+    Small worlds have frames of 32 pixels; players would blur them, and H.264 wants even sides.
+    """
+    height, width = frames.shape[1:3]
+    factor = max(1, -(-at_least // min(height, width)))
+    if factor % 2 and (height % 2 or width % 2):
+        factor += 1
+    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+class VideoWriter:
+    """An mp4 file (H.264) that grows while a video is generated.
+
+    Fragments are closed at every key frame, so the part written so far plays also after an interruption. Opening
+    fails with ``OSError`` when the folder cannot be written, before any time is spent on sampling.
+
+    Use as a context manager; ``add(frames)`` takes ``[F, H, W, 3]`` uint8 of one size throughout.
+    """
+
+    def __init__(self, path: str | Path, fps: float = 8.0, key_every: int = 3) -> None:
+        self.path = Path(path)
+        self.fps = fps
+        self.key_every = key_every
+        self._ffmpeg = need("imageio_ffmpeg", "writing mp4")
+        self._sink = None
+        self._size: tuple[int, int] | None = None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.open("wb").close()
+
+    def add(self, frames: np.ndarray) -> None:
+        """Append frames ``[F, H, W, 3]`` uint8, even height and width."""
+        if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
+            raise ValueError(f"frames: got shape {frames.shape}, dtype {frames.dtype}, expected [F, H, W, 3] uint8")
+        size = (frames.shape[2], frames.shape[1])
+        if size[0] % 2 or size[1] % 2:
+            raise ValueError(f"frames: got {size[0]} x {size[1]} pixels, expected even width and height")
+        if self._sink is None:
+            self._size = size
+            self._sink = self._ffmpeg.write_frames(
+                str(self.path),
+                size,
+                fps=self.fps,
+                quality=None,
+                macro_block_size=1,
+                output_params=[
+                    *("-crf", "16", "-preset", "veryfast", "-tune", "zerolatency", "-g", str(self.key_every)),
+                    *("-movflags", "frag_keyframe+empty_moov+default_base_moof"),
+                ],
+            )
+            self._sink.send(None)
+        if size != self._size:
+            raise ValueError(f"frames: got {size} pixels, expected {self._size} like the frames before")
+        for frame in frames:
+            self._sink.send(np.ascontiguousarray(frame))
+
+    def close(self) -> None:
+        """Finish the file."""
+        if self._sink is not None:
+            self._sink.close()
+            self._sink = None
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def write_mp4(path: str | Path, frames: np.ndarray, fps: float = 8.0) -> Path:
+    """Write frames ``[F, H, W, 3]`` uint8 as one mp4, enlarged for viewing."""
+    with VideoWriter(path, fps) as writer:
+        writer.add(enlarge(frames))
+    return Path(path)
+
+
+def animated_webp(frames: np.ndarray, fps: float = 8.0) -> bytes:
+    """An endless animated WebP of frames ``[F, H, W, 3]`` uint8, lossless at its own size (the page enlarges it)."""
+    image = need("PIL.Image", "the animated preview")
+    pictures = [image.fromarray(frame) for frame in frames]
+    data = io.BytesIO()
+    pictures[0].save(
+        data,
+        "WEBP",
+        save_all=True,
+        append_images=pictures[1:],
+        duration=round(1000 / fps),
+        loop=0,
+        lossless=True,
+        method=4,
+    )
+    return data.getvalue()
+
+
+def grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str], at_least: int = 128, gap: int = 8) -> np.ndarray:
+    """Frames of all videos side by side: one row per prompt, one labelled column per model.
+
+    ``rows[r][c]`` is ``[F, H, W, 3]`` uint8, all of one size. Returns ``[F, H', W', 3]`` uint8 with even sides.
+    """
+    draw = need("PIL.ImageDraw", "the video grid")
+    image = need("PIL.Image", "the video grid")
+    tiles = [[enlarge(cell, at_least) for cell in row] for row in rows]
+    frames, height, width, _ = tiles[0][0].shape
+    top = 22
+    total = (
+        frames,
+        (top + len(tiles) * (height + gap) + gap + 1) // 2 * 2,
+        (gap + len(labels) * (width + gap) + 1) // 2 * 2,
+        3,
+    )
+    sheet = np.full(total, 24, dtype=np.uint8)
+    strip = image.fromarray(sheet[0, :top])
+    pen = draw.Draw(strip)
+    for column, label in enumerate(labels):
+        pen.text((gap + column * (width + gap), 6), label, fill=(230, 230, 230))
+    sheet[:, :top] = np.asarray(strip)
+    for r, row in enumerate(tiles):
+        for c, tile in enumerate(row):
+            y, x = top + r * (height + gap), gap + c * (width + gap)
+            sheet[:, y : y + height, x : x + width] = tile
+    return sheet
