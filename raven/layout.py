@@ -43,6 +43,11 @@ class Segment:
         """First packed token after the segment."""
         return self.start + self.length
 
+    @property
+    def label(self) -> str:
+        """z1, z2, .. for noisy and x1, x2, .. for clean chunks, counted from 1 as in the paper."""
+        return f"{'z' if self.role == 'noisy' else 'x'}{self.chunk + 1}"
+
 
 @dataclass(frozen=True)
 class Document:
@@ -338,9 +343,9 @@ class ChunkLayout:
         plot_layout(self, path, title)
 
     def __repr__(self) -> str:
-        names = " ".join(f"{s.role[0]}{s.chunk}" for s in self.segments[:16])
+        names = " ".join(s.label for s in self.segments[:16])
         more = " .." if len(self.segments) > 16 else ""
-        return f"ChunkLayout({len(self.documents)} documents, {self.length} tokens: {names}{more})"
+        return f"ChunkLayout({self.length} tokens, {len(self.documents)} document(s): {names}{more})"
 
 
 def _chunk_frames(sizes: Sequence[int]) -> tuple[int, ...]:

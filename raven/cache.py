@@ -1,0 +1,202 @@
+"""KVCache: rotated keys and values of past chunks, in slots that are filled once and never moved.
+
+A slot holds one chunk. Chunks below ``sink`` keep theirs; the others take turns in a ring of ``window + 1``, so that a
+new chunk lands on the one that has just left its window. Keys are stored rotated, so their order in memory does not
+matter to attention. All bookkeeping is in Python integers: nothing here reads from the device, and every forward that
+happens between ``begin`` and ``commit`` does the same thing again (checkpoint recomputation, CUDA graphs).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from raven.spans import Spans, check_int
+
+__all__ = ["CachedChunk", "KVCache"]
+
+
+@dataclass(frozen=True)
+class CachedChunk:
+    """A chunk in the cache: its index from the start of the video, its rows, and its latent frames."""
+
+    chunk: int
+    start: int
+    length: int
+    frame: int
+    frames: int
+
+    @property
+    def end(self) -> int:
+        """First row after the chunk's."""
+        return self.start + self.length
+
+
+class KVCache:
+    """Keys and values of ``num_layers`` layers, ``k[layer]`` and ``v[layer]``: [B, S, H, D], allocated once.
+
+    chunk_tokens: rows of a slot, so the most tokens a chunk may have. sink, window: in chunks; chunk i sees itself and
+    the past chunks j with ``j < sink or i - j <= window``. window None: all of them, and ``max_chunks`` is needed.
+    max_chunks: the most chunks of a video. heads: of the keys and values. dtype, device: as ``torch.empty`` defaults.
+    S = chunk_tokens * ``num_slots``; rows outside ``spans`` are uninitialised.
+
+    ``begin`` opens the chunk in flight; ``slots`` and ``spans`` say where it writes and what it reads; ``commit`` makes
+    it history. Raises ``ValueError`` for arguments out of range, ``RuntimeError`` for calls out of order.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        chunk_tokens: int,
+        sink: int = 0,
+        window: int | None = None,
+        max_chunks: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.chunk_tokens = check_int("chunk_tokens", chunk_tokens, 1)
+        self.sink = check_int("sink", sink, 0)
+        self.window = None if window is None else check_int("window", window, 0)
+        self.max_chunks = None if max_chunks is None else check_int("max_chunks", max_chunks, 1)
+        if self.window is not None:
+            ring = self.sink + self.window + 1
+            self.num_slots = ring if self.max_chunks is None else min(ring, self.max_chunks)
+        elif self.max_chunks is not None:
+            self.num_slots = self.max_chunks
+        else:
+            raise ValueError("max_chunks: got None with window=None, expected the most chunks that will be cached")
+        shape = (
+            check_int("batch", batch, 1),
+            self.num_slots * self.chunk_tokens,
+            check_int("heads", heads, 1),
+            check_int("head_dim", head_dim, 1),
+        )
+        # Tensors made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            layers = range(check_int("num_layers", num_layers, 1))
+            self.k = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in layers)
+            self.v = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in layers)
+        self._rows: dict[tuple[int, int], torch.Tensor] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every chunk. The buffers, and the addresses of ``slots``, stay."""
+        self.num_committed = 0
+        self._held: dict[int, CachedChunk] = {}
+        self._open: CachedChunk | None = None
+        self._spans: Spans | None = None
+        self._slots: torch.Tensor | None = None
+
+    def begin(self, tokens: int, frame: int, frames: int) -> None:
+        """Open chunk number ``num_committed``: ``tokens`` tokens that are latent frames [frame, frame + frames).
+
+        Again with the same arguments while that chunk is open: does nothing. Raises ``ValueError`` when the chunk does
+        not fit a slot, ``RuntimeError`` when another chunk is open or ``max_chunks`` are committed.
+        """
+        if check_int("tokens", tokens, 1) > self.chunk_tokens:
+            raise ValueError(f"tokens: got {tokens}, expected at most chunk_tokens={self.chunk_tokens}")
+        check_int("frame", frame, 0)
+        check_int("frames", frames, 1)
+        if self._open is not None:
+            if (self._open.length, self._open.frame, self._open.frames) != (tokens, frame, frames):
+                raise RuntimeError(
+                    f"begin: got a chunk of tokens={tokens}, frame={frame}, frames={frames} while one of tokens="
+                    f"{self._open.length}, frame={self._open.frame}, frames={self._open.frames} is open; "
+                    "commit() or cancel() that first"
+                )
+            return
+        chunk = self.num_committed
+        if self.max_chunks is not None and chunk >= self.max_chunks:
+            raise RuntimeError(
+                f"begin: the cache is full, all max_chunks={self.max_chunks} chunks are committed; "
+                "reset() it, or make one with a larger max_chunks" + (", or a window" if self.window is None else "")
+            )
+        slot = self._slot(chunk)
+        self._held.pop(slot, None)
+        self._open = CachedChunk(chunk, slot * self.chunk_tokens, tokens, frame, frames)
+        readable = [c for c in self._held.values() if self._sees(chunk, c.chunk)] + [self._open]
+        self._spans = Spans.build([((0, tokens), [(c.start, c.end) for c in readable])])
+        if (slot, tokens) not in self._rows:
+            start, end = self._open.start, self._open.end
+            with torch.inference_mode(False):
+                rows = torch.arange(start, end, dtype=torch.int32, device=self.k[0].device)
+            self._rows[slot, tokens] = rows
+        self._slots = self._rows[slot, tokens]
+
+    def commit(self) -> None:
+        """Make the chunk in flight history. What its rows hold then is what later chunks see."""
+        chunk = self._require_open("commit")
+        self._held[self._slot(chunk.chunk)] = chunk
+        self.num_committed += 1
+        self._close()
+
+    def cancel(self) -> None:
+        """Drop the chunk in flight; the history is as before ``begin``."""
+        self._require_open("cancel")
+        self._close()
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """int32 [tokens] on the cache's device: destination row of each token of the chunk in flight.
+
+        One tensor per slot and length for the life of the cache, so a CUDA graph may keep its address.
+        """
+        self._require_open("slots")
+        assert self._slots is not None
+        return self._slots
+
+    @property
+    def spans(self) -> Spans:
+        """What the chunk in flight reads: its own rows and those of the visible past, merged where they touch."""
+        self._require_open("spans")
+        assert self._spans is not None
+        return self._spans
+
+    @property
+    def current(self) -> CachedChunk | None:
+        """The chunk in flight, if one is open."""
+        return self._open
+
+    @property
+    def history(self) -> tuple[CachedChunk, ...]:
+        """The committed chunks that the chunk in flight (or, without one, the next) sees, oldest first."""
+        return tuple(
+            sorted((c for c in self._held.values() if self._sees(self.num_committed, c.chunk)), key=lambda c: c.chunk)
+        )
+
+    @property
+    def visible_chunks(self) -> tuple[int, ...]:
+        """The indices of ``history``."""
+        return tuple(c.chunk for c in self.history)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(t.numel() * t.element_size() for t in self.k + self.v)
+
+    def __repr__(self) -> str:
+        batch, rows, heads, head_dim = self.k[0].shape
+        return (
+            f"KVCache({len(self.k)} layers, batch {batch}, {self.num_slots} slots of {self.chunk_tokens} tokens, "
+            f"{heads} heads of {head_dim}, sink={self.sink}, window={self.window}, {self.num_committed} committed)"
+        )
+
+    def _slot(self, chunk: int) -> int:
+        if self.window is None or chunk < self.sink:
+            return chunk
+        return self.sink + (chunk - self.sink) % (self.window + 1)
+
+    def _sees(self, query: int, key: int) -> bool:
+        return key < self.sink or self.window is None or query - key <= self.window
+
+    def _close(self) -> None:
+        self._open = self._spans = self._slots = None
+
+    def _require_open(self, name: str) -> CachedChunk:
+        if self._open is None:
+            raise RuntimeError(f"{name}: no chunk is open; call begin(tokens, frame, frames) first")
+        return self._open
