@@ -111,6 +111,12 @@ def compiled() -> ModuleType | None:
     return module
 
 
+def description() -> str:
+    """One line for people: which planner runs, and why not the compiled one."""
+    module = compiled_or_reason()
+    return f"planner in Python: {module}" if isinstance(module, str) else "planner in C++ (raven._C)"
+
+
 def _int32(name: str, values: Array, ndim: int) -> Array:
     array = np.asarray(values)
     if array.dtype.kind not in "iu":
