@@ -116,8 +116,8 @@ class KVCache:
                 "reset() it, or make one with a larger max_chunks" + (", or a window" if self.window is None else "")
             )
         slot = self._slot(chunk)
-        self._held.pop(slot, None)
         self._open = CachedChunk(chunk, slot * self.chunk_tokens, tokens, frame, frames)
+        # The chunk whose slot is taken over has just left the window, so ``_sees`` leaves it out.
         readable = [c for c in self._held.values() if self._sees(chunk, c.chunk)] + [self._open]
         self._spans = Spans.build([((0, tokens), [(c.start, c.end) for c in readable])])
         if (slot, tokens) not in self._rows:

@@ -121,14 +121,18 @@ class ChunkLayout:
     spans: Spans = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "length", self.segments[-1].end if self.segments else 0)
         members: list[list[Segment]] = [[] for _ in self.documents]
+        start = 0
         for s in self.segments:
+            if s.start != start:
+                raise ValueError(f"segments: got one at {s.start}, expected it at {start}, right after the one before")
             members[s.document].append(s)
+            start = s.end
         rows = (
             ((q.start, q.end), [self.documents[q.document].visible(q, k) for k in members[q.document]])
             for q in self.segments
         )
+        object.__setattr__(self, "length", start)
         object.__setattr__(self, "spans", Spans.build(rows))
 
     @classmethod

@@ -251,8 +251,9 @@ def test_a_compiled_function_reads_a_layout_without_graph_breaks():
         ChunkLayout.repacked((3,) * 3, 16),
         ChunkLayout.concat([ChunkLayout.repacked((2, 3), 5, window=1), ChunkLayout.blockwise((2, 2), 7, 3)]),
         ChunkLayout.teacher_forcing((1, 3, 2), 5, sink=1, window=0),
+        ChunkLayout.blockwise((15, 18), 1),
     ],
-    ids=["whole_blocks", "two_documents", "ragged"],
+    ids=["whole_blocks", "two_documents", "ragged", "almost_full_block"],
 )
 def test_to_flex_is_the_same_mask(layout):
     flex = pytest.importorskip("torch.nn.attention.flex_attention")
@@ -308,6 +309,11 @@ def test_chunks_helper():
         (lambda: ChunkLayout.blockwise((3, 4), 4, local_frames=3), ValueError, "local_frames: got 3.* 4"),
         (lambda: ChunkLayout.bidirectional(0, 4), ValueError, "frames: got 0"),
         (lambda: ChunkLayout.bidirectional(3, 4).flops(0, 64), ValueError, "heads: got 0"),
+        (
+            lambda: ChunkLayout(PRESETS["raven"][0].segments[1:], PRESETS["raven"][0].documents),
+            ValueError,
+            "segments: got one at 6, expected it at 0",
+        ),
     ],
 )
 def test_bad_arguments_are_named(make, error, match):
