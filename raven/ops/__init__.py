@@ -1,0 +1,7 @@
+"""The public ops. Each picks its backend by its arguments; see `raven.explain` and `raven.set_backend`."""
+
+from raven.ops.chunk_attention import chunk_attention
+from raven.ops.consistency_step import consistency_step
+from raven.ops.gaussian_log_prob import gaussian_log_prob
+
+__all__ = ["chunk_attention", "consistency_step", "gaussian_log_prob"]
