@@ -164,7 +164,9 @@ class Stream:
 
     @torch.no_grad()
     def denoise(
-        self, levels: torch.Tensor | Sequence[float] | None = None, generator: Generator = None,
+        self,
+        levels: torch.Tensor | Sequence[float] | None = None,
+        generator: Generator = None,
         sampler: str = "consistency",
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Denoise the chunk in flight without committing it.

@@ -90,9 +90,7 @@ class _Attention(nn.Module):
         dim = config.dim
         self.heads = config.num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = (
-            RMSNorm(dim, config.eps) if config.qk_norm else nn.Identity() for _ in range(2)
-        )
+        self.norm_q, self.norm_k = (RMSNorm(dim, config.eps) if config.qk_norm else nn.Identity() for _ in range(2))
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.heads, -1))  # [B, L, H, D]
@@ -430,9 +428,7 @@ class CausalWan(nn.Module):
 
         return attend
 
-    def _cached(
-        self, cache: KVCache, frame: int, frames: int, rows: int, columns: int, write_only: bool
-    ) -> Attend:
+    def _cached(self, cache: KVCache, frame: int, frames: int, rows: int, columns: int, write_only: bool) -> Attend:
         if torch.is_grad_enabled():
             raise ValueError("cache: got gradients switched on, expected torch.no_grad(): it is written in place")
         cache.begin(frames * rows * columns, frame, frames)

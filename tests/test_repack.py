@@ -1,0 +1,257 @@
+"""The repacked forward: equal to the cached one, with the gradients that RAVEN is about."""
+
+import pytest
+import torch
+from tiny_wan import tiny_inputs, tiny_model
+
+from raven.repack import bidirectional_forward, blockwise_forward, repacked_forward, split_frames
+from raven.stream import Stream
+
+# (chunk sizes, sink, window)
+HISTORIES = [
+    pytest.param((2, 2, 2), 0, None, id="full"),
+    pytest.param((2, 2, 2, 2, 2), 1, 1, id="sink-window"),
+    pytest.param((1, 1, 1, 1, 1), 0, 2, id="frame-wise"),
+    pytest.param((1, 3, 3), 0, None, id="ragged-first"),
+    pytest.param((1, 2, 3, 1), 2, 0, id="ragged-sink-only"),
+]
+
+
+def cached_forward(model, x_t, x_0, t, context, sizes, sink, window):
+    """Chunk by chunk, as at inference, with a wrong guess before every velocity that must leave no trace."""
+    stream = Stream(model, context, (x_t.shape[1], *x_t.shape[3:]), sizes, sink, window)
+    out = []
+    for noisy, clean in zip(x_t.split(sizes, dim=2), x_0.split(sizes, dim=2), strict=True):
+        stream.velocity(torch.full_like(noisy, 7.0), 1.0)
+        out.append(stream.velocity(noisy, t))
+        stream.commit(clean)
+    return torch.cat(out, dim=2)
+
+
+@pytest.mark.parametrize("sizes, sink, window", HISTORIES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_repacked_equals_cached(sizes, sink, window, dtype, tolerance):
+    model = tiny_model(dtype)
+    x_t, x_0, t, context = tiny_inputs(sum(sizes), dtype)
+    want = cached_forward(model, x_t, x_0, t, context, sizes, sink, window)
+    for order in ("interleaved", "clean_first"):
+        got = repacked_forward(model, x_t, x_0, t, context, sizes, sink, window, order=order)
+        assert got.dtype == dtype
+        assert (got - want).abs().max() < tolerance
+    assert want.std() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_repacked_equals_cached_in_low_precision(dtype):
+    sizes = (2, 2, 2)
+    exact = tiny_model()
+    x_t, x_0, t, context = tiny_inputs(6)
+    want = repacked_forward(exact, x_t, x_0, t, context, sizes)
+    model = tiny_model(dtype)
+    with torch.no_grad():
+        packed = repacked_forward(model, x_t, x_0, t, context, sizes)
+    cached = cached_forward(model, x_t, x_0, t, context, sizes, 0, None)
+    assert packed.dtype == torch.float32, "the velocity has the dtype of the state, whatever the weights are"
+    error = (packed - want).norm() / want.norm()
+    assert error < 3e-2
+    assert (packed - cached).norm() / want.norm() < error, "both ways are closer to each other than to the truth"
+
+
+def test_history_matters_and_the_last_clean_chunk_does_not():
+    sizes = (2, 2, 2)
+    model = tiny_model()
+    x_t, x_0, t, context = tiny_inputs(6)
+    base = repacked_forward(model, x_t, x_0, t, context, sizes)
+    for frames, changed in ((slice(0, 2), [False, True, True]), (slice(4, 6), [False, False, False])):
+        other = x_0.clone()
+        other[:, :, frames] += 1
+        v = repacked_forward(model, x_t, other, t, context, sizes)
+        assert [bool((a != b).any()) for a, b in zip(v.split(2, 2), base.split(2, 2), strict=True)] == changed
+    other = x_t.clone()
+    other[:, :, 0:2] += 1
+    v = repacked_forward(model, other, x_0, t, context, sizes)
+    assert (v[:, :, 2:] == base[:, :, 2:]).all(), "a noisy chunk is a key for nobody else"
+
+
+def test_one_level_a_chunk():
+    sizes = (2, 1, 3)
+    model = tiny_model()
+    x_t, x_0, _, context = tiny_inputs(6)
+    levels = torch.tensor([[0.9, 0.5, 0.2], [0.1, 0.8, 1.0]])
+    v = repacked_forward(model, x_t, x_0, levels, context, sizes)
+    for chunk, frames in enumerate((slice(0, 2), slice(2, 3), slice(3, 6))):
+        alone = repacked_forward(model, x_t, x_0, levels[:, chunk], context, sizes)
+        torch.testing.assert_close(v[:, :, frames], alone[:, :, frames], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_gradient_into_the_history(detach):
+    """From the last chunk's velocity to the clean keys, values and embedded tokens of the chunks before it."""
+    sizes = (1, 2, 2)
+    model = tiny_model(torch.float64)
+    x_t, x_0, t, context = tiny_inputs(5, torch.float64)
+    x_0.requires_grad_()
+    kept = {}
+
+    def keep(name):
+        def hook(module, args, output):
+            output.retain_grad()
+            kept[name] = output
+
+        return hook
+
+    for i, block in enumerate(model.blocks):
+        block.self_attn.k.register_forward_hook(keep(f"k{i}"))
+        block.self_attn.v.register_forward_hook(keep(f"v{i}"))
+    embed = model.embed
+
+    def embed_and_keep(patches):
+        kept["tokens"] = embed(patches)
+        kept["tokens"].retain_grad()
+        return kept["tokens"]
+
+    model.embed = embed_and_keep
+    v = repacked_forward(model, x_t, x_0, t, context, sizes, detach_history=detach)
+    v[:, :, 3:].square().sum().backward()
+    assert x_0.grad is None, "the clean end points are constants"
+    # Four tokens a frame; packed: noisy 0, clean 0, noisy 1, clean 1, noisy 2.
+    segments = dict(zip(("z0", "x0", "z1", "x1", "z2"), ((0, 4), (4, 8), (8, 16), (16, 24), (24, 32)), strict=True))
+    assert set(kept) == {"tokens", "k0", "k1", "k2", "v0", "v1", "v2"}
+    for tensor in kept.values():
+        reached = {name: bool((tensor.grad[:, a:b] != 0).any()) for name, (a, b) in segments.items()}
+        assert reached == {"z0": False, "x0": not detach, "z1": False, "x1": not detach, "z2": True}
+
+
+@pytest.mark.parametrize("order", ["interleaved", "clean_first"])
+def test_gradient_is_the_slope(order):
+    """Directional derivative over all weights, through the history as well, against a central difference."""
+    sizes = (1, 2, 2)
+    model = tiny_model(torch.float64)
+    x_t, x_0, t, context = tiny_inputs(5, torch.float64)
+    weights = list(model.parameters())
+    directions = [torch.randn_like(w) * w.abs().mean() for w in weights]
+
+    def loss():
+        return repacked_forward(model, x_t, x_0, t, context, sizes, 0, 1, order)[:, :, 3:].square().mean()
+
+    grads = torch.autograd.grad(loss(), weights)
+    slope = sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
+    step, values = 1e-5, []
+    with torch.no_grad():
+        for sign in (1, -2):
+            for w, d in zip(weights, directions, strict=True):
+                w.add_(d, alpha=sign * step)
+            values.append(loss())
+    assert slope.abs() > 1e-3
+    torch.testing.assert_close(slope, (values[0] - values[1]) / (2 * step), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_gradient_checkpointing_changes_nothing(detach):
+    model = tiny_model()
+    x_t, x_0, t, context = tiny_inputs(6)
+    grads = []
+    for checkpointing in (False, True):
+        model.gradient_checkpointing = checkpointing
+        model.zero_grad()
+        repacked_forward(model, x_t, x_0, t, context, 2, detach_history=detach).square().sum().backward()
+        grads.append([w.grad.clone() for w in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert all(g.abs().max() > 0 for g in grads[0]), "every parameter, text and last layer included, is trained"
+
+
+def test_autocast_trains_float32_weights():
+    model = tiny_model()
+    x_t, x_0, t, context = tiny_inputs(6)
+    want = repacked_forward(model, x_t, x_0, t, context, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        v = repacked_forward(model, x_t, x_0, t, context, 2)
+        cached = cached_forward(model, x_t, x_0, t, context, (2, 2, 2), 0, None)
+    v.square().sum().backward()
+    assert v.dtype == torch.float32 and model.blocks[0].self_attn.k.weight.grad.dtype == torch.float32
+    error = (v - want).norm() / want.norm()
+    assert 0 < error < 3e-2
+    assert (cached - v).norm() / want.norm() < error
+
+
+def test_samples_are_independent():
+    model = tiny_model(torch.float64)
+    x_t, x_0, t, context = tiny_inputs(4, torch.float64, batch=3)
+    together = repacked_forward(model, x_t, x_0, t, context, 2)
+    for i in range(3):
+        alone = repacked_forward(model, x_t[i : i + 1], x_0[i : i + 1], t[i : i + 1], context[i : i + 1], 2)
+        assert (alone - together[i : i + 1]).abs().max() < 1e-12
+
+
+def test_blockwise_sees_noisy_history_within_its_local_frames():
+    model = tiny_model()
+    x_t, _, _, context = tiny_inputs(6)
+    t = torch.tensor([[0.9, 0.5, 0.2], [0.1, 0.8, 1.0]])
+    base = blockwise_forward(model, x_t, t, context, 2)
+    local = blockwise_forward(model, x_t, t, context, 2, local_frames=3)
+    other = x_t.clone()
+    other[:, :, 0] += 1
+    moved = (blockwise_forward(model, other, t, context, 2) - base).abs().amax(dim=(0, 1, 3, 4))
+    assert (moved > 0).all(), "the first frame is a key for everyone after it"
+    first_chunk = bidirectional_forward(model, x_t[:, :, :2], t[:, 0], context)
+    torch.testing.assert_close(base[:, :, :2], first_chunk, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(local[:, :, :2], first_chunk, atol=1e-5, rtol=1e-5)
+    assert (local[:, :, 2:] != base[:, :, 2:]).any()
+
+
+def test_one_chunk_is_bidirectional():
+    model = tiny_model()
+    x_t, x_0, t, context = tiny_inputs(3)
+    whole = bidirectional_forward(model, x_t, t, context)
+    torch.testing.assert_close(repacked_forward(model, x_t, x_0, t, context, 3), whole, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("patch, size", [((1, 4, 4), 8), ((1, 1, 2), 4), ((1, 2, 1), 2)])
+def test_other_patches(patch, size):
+    from dataclasses import replace
+
+    from tiny_wan import CONFIG
+
+    model = tiny_model(torch.float64, replace(CONFIG, patch_size=patch, in_dim=3, out_dim=3))
+    x_t, x_0, t, context = tiny_inputs(3, torch.float64, channels=3, size=size)
+    got = repacked_forward(model, x_t, x_0, t, context, 1)
+    want = cached_forward(model, x_t, x_0, t, context, (1, 1, 1), 0, None)
+    assert got.shape == x_t.shape
+    assert (got - want).abs().max() < 1e-12
+
+
+def test_split_frames():
+    assert split_frames(6, 3) == (3, 3)
+    assert split_frames(7, [1, 3, 3]) == (1, 3, 3)
+    for wrong in (4, 0, [3, 2], [6, 0], []):
+        with pytest.raises(ValueError, match="chunk_frames"):
+            split_frames(6, wrong)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"chunk_frames": [2, 2]}, "chunk_frames: got .* sum to the 6 frames"),
+        ({"t": torch.tensor([0.5, 1.5])}, "t: got noise level 1.5"),
+        ({"t": -0.1}, "t: got noise level -0.1"),
+        ({"t": torch.tensor([0.5, float("nan")])}, "t: got noise level nan"),
+        ({"t": torch.rand(3)}, "t: got shape"),
+        ({"t": torch.rand(2, 2)}, "t: got shape"),
+        ({"x_t": torch.zeros(2, 4, 6, 4, 5)}, "x_t: got a latent of 4x5"),
+        ({"x_t": torch.zeros(2, 3, 6, 4, 4)}, "x: got shape"),
+        ({"x_t": torch.zeros(4, 6, 4, 4)}, "x_t: got shape"),
+        ({"x_0": torch.zeros(2, 4, 4, 4, 4)}, "x_0: got shape"),
+        ({"x_0": None}, "x_0: got None"),
+        ({"context": [torch.zeros(6, 12)] * 2}, "context.0.: got 6 rows, expected at most text_len = 5"),
+        ({"context": [torch.zeros(3, 11)] * 2}, "context.0.: got shape"),
+        ({"context": [torch.zeros(3, 12)]}, "context: got 1 prompts"),
+        ({"context": []}, "context: got no prompt"),
+        ({"order": "sorted"}, "order: got 'sorted'"),
+        ({"sink": -1}, "sink"),
+    ],
+)
+def test_bad_input(change, message):
+    x_t, x_0, t, context = tiny_inputs(6)
+    arguments = {"x_t": x_t, "x_0": x_0, "t": t, "context": context, "chunk_frames": 2, **change}
+    with pytest.raises(ValueError, match=message):
+        repacked_forward(tiny_model(), **arguments)

@@ -1,0 +1,194 @@
+"""The Wan transformer: the numbers of diffusers' own, its config, its text, its time levels."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_wan import CONFIG, tiny_inputs, tiny_model
+
+from raven.checkpoint import normalize_state_dict
+from raven.models import CausalWan, TextCache, WanConfig
+from raven.repack import bidirectional_forward
+
+
+@pytest.fixture(scope="module")
+def diffusers_pair():
+    """A random transformer of diffusers, and ours with its weights."""
+    transformer = pytest.importorskip("diffusers").WanTransformer3DModel
+    torch.manual_seed(3)
+    theirs = transformer(
+        patch_size=CONFIG.patch_size,
+        num_attention_heads=CONFIG.num_heads,
+        attention_head_dim=CONFIG.head_dim,
+        in_channels=CONFIG.in_dim,
+        out_channels=CONFIG.out_dim,
+        text_dim=CONFIG.text_dim,
+        freq_dim=CONFIG.freq_dim,
+        ffn_dim=CONFIG.ffn_dim,
+        num_layers=CONFIG.num_layers,
+    ).eval()
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.1)
+    found = normalize_state_dict(theirs.state_dict(), CONFIG)
+    found.require_complete()
+    ours = CausalWan(CONFIG)
+    ours.load_state_dict(found.state)
+    return theirs, ours
+
+
+@pytest.mark.parametrize("frames, height, width", [(1, 4, 4), (5, 4, 6), (2, 2, 8)])
+@torch.no_grad()
+def test_equals_diffusers(diffusers_pair, frames, height, width):
+    theirs, ours = diffusers_pair
+    x = torch.randn(2, CONFIG.in_dim, frames, height, width)
+    text = torch.randn(2, CONFIG.text_len, CONFIG.text_dim)
+    t = torch.tensor([0.637, 0.02])
+    want = theirs(x, 1000 * t, text, return_dict=False)[0]
+    assert want.std() > 0.1
+    torch.testing.assert_close(bidirectional_forward(ours, x, t, text), want, atol=1e-4, rtol=1e-4)
+
+
+def test_config_json_roundtrip(tmp_path):
+    path = tmp_path / "config.json"
+    CONFIG.to_json(path)
+    assert WanConfig.from_json(path) == CONFIG
+    assert json.loads(path.read_text())["patch_size"] == [1, 2, 2]
+
+
+def test_wan_own_config_loads(tmp_path):
+    path = tmp_path / "config.json"
+    released = {
+        "_class_name": "WanModel", "_diffusers_version": "0.30.0", "dim": 1536, "eps": 1e-06, "ffn_dim": 8960,
+        "freq_dim": 256, "in_dim": 16, "model_type": "t2v", "num_heads": 12, "num_layers": 30, "out_dim": 16,
+        "text_len": 512, "window_size": [-1, -1],
+    }  # fmt: skip
+    path.write_text(json.dumps(released))
+    assert WanConfig.from_json(path) == WanConfig.wan_1_3b()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"dim": 64, "n_head": 2}', "config key: got 'n_head'"),
+        ('{"model_type": "i2v"}', "model_type: got 'i2v', expected 't2v'"),
+        ('{"window_size": [7, 7]}', "window_size"),
+        ("[1]", "holds a JSON list"),
+        ("{", "is not a JSON file"),
+        ('{"dim": 63}', "dim: got 63"),
+        ('{"dim": "64"}', "dim: got '64'"),
+        ('{"freq_dim": 7}', "freq_dim: got 7"),
+        ('{"num_layers": 0}', "num_layers: got 0"),
+        ('{"patch_size": [2, 2, 2]}', "patch_size: got"),
+    ],
+)
+def test_bad_config(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        WanConfig.from_json(path)
+
+
+def test_published_sizes():
+    counts = []
+    for config in (WanConfig.wan_1_3b(), WanConfig.wan_14b()):
+        with torch.device("meta"):
+            counts.append(sum(w.numel() for w in CausalWan(config).parameters()))
+    assert counts == [1_418_996_800, 14_288_491_584]
+
+
+def test_parameter_names():
+    names = {name.rsplit(".", 1)[0] if name.endswith(("weight", "bias")) else name for name in tiny_model().state_dict()}
+    block = {name.removeprefix("blocks.0.") for name in names if name.startswith("blocks.0.")}
+    attention = {f"{kind}_attn.{part}" for kind in ("self", "cross") for part in ("q", "k", "v", "o", "norm_q", "norm_k")}
+    assert block == attention | {"norm3", "ffn.0", "ffn.2", "modulation"}
+    assert {name for name in names if not name.startswith("blocks.")} == {
+        "patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2",
+        "time_projection.1", "head.head", "head.modulation",
+    }  # fmt: skip
+
+
+def test_patch_embedding_is_the_convolution():
+    from raven.models.packing import patchify
+
+    model = tiny_model(torch.float64)
+    x = torch.randn(2, 4, 3, 4, 6, dtype=torch.float64)
+    want = model.patch_embedding(x).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(model.embed(patchify(x, CONFIG.patch_size)), want)
+
+
+def test_time_embedding_is_the_sinusoid_of_a_thousand_levels():
+    model = tiny_model(torch.float64, replace(CONFIG, freq_dim=256, dim=64))
+    seen = []
+    model.time_embedding[0].register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    model.embed_levels(torch.tensor([[0.25, 0.938]], dtype=torch.float64))
+    i = torch.arange(128, dtype=torch.float64)
+    for row, level in zip(seen[0][0], (250.0, 938.0), strict=True):
+        angle = level * 10000 ** (-i / 128)
+        torch.testing.assert_close(row, torch.cat([angle.cos(), angle.sin()]), atol=1e-12, rtol=0)
+
+
+def test_text_forms_agree():
+    model = tiny_model(torch.float64)
+    x, _, t, context = tiny_inputs(2, torch.float64)
+    padded = torch.zeros(2, CONFIG.text_len, CONFIG.text_dim, dtype=torch.float64)
+    for row, text in zip(padded, context, strict=True):
+        row[: len(text)] = text
+    want = bidirectional_forward(model, x, t, context)
+    assert torch.equal(bidirectional_forward(model, x, t, padded), want)
+    assert torch.equal(bidirectional_forward(model, x, t, padded[:, :4]), want), "missing rows are zeros"
+    assert torch.equal(bidirectional_forward(model, x, t, model.encode_text(context)), want)
+    longer = padded.clone()
+    longer[:, -1] += 1
+    assert (bidirectional_forward(model, x, t, longer) != want).any(), "the padding rows are attended to"
+
+
+def test_text_cache_follows_groups():
+    model = tiny_model()
+    _, _, _, context = tiny_inputs(1, batch=3)
+    text = model.encode_text(context)
+    assert len(text) == 3 and len(text.k) == CONFIG.num_layers
+    assert text.k[0].shape == (3, CONFIG.text_len, CONFIG.num_heads, CONFIG.head_dim)
+    group = text.repeat_interleave(2)
+    for i in range(6):
+        assert torch.equal(group.v[1][i], text.v[1][i // 2])
+    assert torch.equal(text[[2, 0]].k[2], text.k[2][[2, 0]])
+    assert torch.equal(TextCache.cat([text[1:], text[:1]]).k[0], text.k[0][[1, 2, 0]])
+    assert text.k[0].requires_grad and not text.detach().k[0].requires_grad
+
+
+def test_without_norms():
+    model = tiny_model(config=replace(CONFIG, qk_norm=False, cross_attn_norm=False))
+    assert not any("norm" in name for name in model.state_dict())
+    x, _, t, context = tiny_inputs(2)
+    v = bidirectional_forward(model, x, t, context)
+    assert v.shape == x.shape and v.isfinite().all()
+
+
+def test_starts_at_velocity_zero():
+    x, _, t, context = tiny_inputs(2)
+    assert (bidirectional_forward(CausalWan(CONFIG), x, t, context) == 0).all()
+
+
+def test_cached_forward_refuses_gradients_and_a_second_history():
+    from raven.cache import KVCache
+    from raven.layout import ChunkLayout
+
+    model = tiny_model()
+    x, x_0, t, context = tiny_inputs(1)
+    cache = KVCache(CONFIG.num_layers, 2, CONFIG.num_heads, CONFIG.head_dim, 4, max_chunks=2)
+    with pytest.raises(ValueError, match="cache: got gradients switched on"):
+        model(x, t, context, cache=cache)
+    with pytest.raises(ValueError, match="cache: got a layout or x_0 as well"), torch.no_grad():
+        model(x, t, context, x_0=x_0, cache=cache)
+    wrong = ChunkLayout.repacked((1, 1), 5)
+    with pytest.raises(ValueError, match="layout: got 5 tokens per frame"):
+        model(x, t, context, wrong, x_0=x_0)
+    two = ChunkLayout.concat([ChunkLayout.bidirectional(1, 4)] * 2)
+    with pytest.raises(ValueError, match="expected the noisy chunk at frame 1 of document 0"):
+        model(x, t, context, two)
+    with pytest.raises(ValueError, match="layout: got no noisy segment"):
+        model(x, t, context, ChunkLayout.prefill((1,), 4), x_0=x_0)
+    with pytest.raises(ValueError, match="x: got 1 frames, expected 2"):
+        model(x, t, context, ChunkLayout.bidirectional(2, 4))
