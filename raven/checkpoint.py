@@ -185,7 +185,10 @@ def load_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"path: got {path}, expected a checkpoint file")
     try:
         if path.suffix == ".json":
-            shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+            index = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(index, dict):
+                raise KeyError("weight_map")
+            shards = sorted(set(index["weight_map"].values()))
             state: dict[str, Any] = {}
             for shard in shards:
                 state.update(load_checkpoint(path.parent / Path(shard).name))

@@ -12,6 +12,7 @@ from raven.errors import check_shape
 from raven.models.wan import CausalWan, Context, TextCache
 from raven.ops import consistency_step
 from raven.schedule import sampling_levels
+from raven.spans import check_int
 
 Generator = "torch.Generator | Sequence[torch.Generator] | None"
 SAMPLERS = ("consistency", "ode")
@@ -75,6 +76,13 @@ class Stream:
         sizes = (chunk_frames,) if isinstance(chunk_frames, int) else tuple(chunk_frames)
         if not sizes or min(sizes) < 1:
             raise ValueError(f"chunk_frames: got {chunk_frames}, expected positive sizes")
+        if guidance != 1.0 and negative_context is None:
+            raise ValueError(f"guidance: got {guidance} without a negative_context, expected 1")
+        check_int("sink", sink, 0)
+        if window is not None:
+            check_int("window", window, 0)
+        if max_frames is not None:
+            check_int("max_frames", max_frames, 1)
         self.model = model
         self.text = model.encode_text(context)
         self.batch = len(self.text)

@@ -99,9 +99,10 @@ def test_published_sizes():
 
 
 def test_parameter_names():
-    names = {name.rsplit(".", 1)[0] if name.endswith(("weight", "bias")) else name for name in tiny_model().state_dict()}
+    names = {name.removesuffix(".weight").removesuffix(".bias") for name in tiny_model().state_dict()}
     block = {name.removeprefix("blocks.0.") for name in names if name.startswith("blocks.0.")}
-    attention = {f"{kind}_attn.{part}" for kind in ("self", "cross") for part in ("q", "k", "v", "o", "norm_q", "norm_k")}
+    parts = ("q", "k", "v", "o", "norm_q", "norm_k")
+    attention = {f"{kind}_attn.{part}" for kind in ("self", "cross") for part in parts}
     assert block == attention | {"norm3", "ffn.0", "ffn.2", "modulation"}
     assert {name for name in names if not name.startswith("blocks.")} == {
         "patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2",
