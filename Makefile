@@ -13,6 +13,7 @@ unexport RAVEN_BACKEND
 
 .PHONY: help demo test lint format test-cpp test-aot test-interpret test-cpu test-gpu bench wheel clean
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -39,7 +40,7 @@ test-cpp: .venv/test.stamp  ## C++ build and its tests
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure; fi
 
 test-aot: .venv/test.stamp  ## compile every Triton kernel for sm_80, 90, 100 and 120, without a GPU
-	$(BIN)/python -m pytest -q -m aot $(ARGS)
+	$(BIN)/python -m pytest -q tests/test_aot.py $(ARGS)
 
 test-interpret: .venv/test.stamp  ## Triton kernels on the CPU, in Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "interpret and not gpu" $(ARGS)
@@ -60,16 +61,19 @@ clean:  ## remove what was built here, .venv included
 	rm -rf .venv build dist .pytest_cache .hypothesis .ruff_cache .benchmarks *.egg-info raven/_C*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/bin/python:
-	$(PYTHON) -m venv .venv
+# Debian and Ubuntu leave ensurepip out of their python3; the pip that is there can fill the environment as well.
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv \
+		|| { $(PYTHON) -m venv --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; } \
+		|| { echo "$(PYTHON) can neither make an environment nor run pip: install python3-venv or python3-pip"; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-.venv/demo.stamp: $(SETUP) | .venv/bin/python
+.venv/demo.stamp: $(SETUP) | .venv/bin/pip
 	$(INSTALL) -e ".[demo,train]"
 	@$(BIN)/python -c "from raven import planner; print('raven is installed;', planner.description())"
 	@touch $@
 
-.venv/test.stamp: $(SETUP) | .venv/bin/python
+.venv/test.stamp: $(SETUP) | .venv/bin/pip
 	$(INSTALL) -e ".[demo,train,test,bench]"
 	@$(BIN)/python -c "from raven import planner; print('raven is installed;', planner.description())"
 	@touch $@ .venv/demo.stamp
