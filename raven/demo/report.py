@@ -42,7 +42,7 @@ def write(folder: Path, metrics: dict, pictures: Pictures) -> Path:
     ``comparisons``, ``training``, ``stages`` and ``notes``, as ``raven.demo.stages`` builds them.
     """
     write_json(folder / "metrics.json", metrics)
-    template = Template(Path(__file__).with_name("template.html").read_text(encoding="utf-8"))
+    template = Template(Path(__file__).with_name("assets").joinpath("template.html").read_text(encoding="utf-8"))
     long = max(metrics["lengths"].values())
     page = template.substitute(
         title=escape(metrics["run"]["title"]),

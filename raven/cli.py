@@ -1,0 +1,170 @@
+"""The command ``raven``. Sub-commands import what they need when they run, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from raven.errors import BackendUnavailableError
+
+# Exit codes: 0 done, 2 the user's input cannot be used (one line says why), 130 interrupted.
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not getattr(args, "passes_on", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return args.run(args, rest) or 0
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop or 'Interrupted.'}", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, TypeError, OSError, BackendUnavailableError, ModuleNotFoundError) as error:
+        if getattr(args, "traceback", False) or os.environ.get("RAVEN_TRACEBACK") == "1" or _is_a_bug(error):
+            raise
+        print(f"raven {args.command}: {_one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _is_a_bug(error: BaseException) -> bool:
+    """A missing module is the user's affair only when it is an optional package, whose message names the extra."""
+    return isinstance(error, ModuleNotFoundError) and "raven-kernels[" not in str(error)
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return " ".join(text.split())
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="raven", description="Kernels, training and streaming for chunk-causal video diffusion."
+    )
+    parser.add_argument("--version", action=_Version, help="print the version")
+    _add_traceback(parser)
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    _add_demo(commands)
+    _add_passed_on(commands, "distill", "train a few-step causal student with RAVEN", "raven.train.distill")
+    _add_passed_on(commands, "grpo", "improve a student with CM-GRPO", "raven.train.policy")
+    _add_generate(commands)
+    _add_passed_on(commands, "bench", "measure the kernels and print the table", "raven.bench")
+    _add_passed_on(commands, "env", "versions, GPUs, and which backend is available or why not", "raven.env")
+    return parser
+
+
+def _add_traceback(parser: argparse.ArgumentParser) -> None:
+    # Suppressed defaults: a sub-command that was not given the option must not undo the one before it.
+    parser.add_argument(
+        "--traceback",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="show where an error arose instead of one line (also: RAVEN_TRACEBACK=1)",
+    )
+
+
+class _Version(argparse.Action):
+    """Reads the version only when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> None:
+        import raven
+
+        print(f"raven {raven.__version__}")
+        parser.exit()
+
+
+def _add_passed_on(commands: argparse._SubParsersAction, name: str, help: str, module: str) -> None:
+    """A command whose own module reads its arguments: ``module.main(argv) -> int``."""
+
+    def run(args: argparse.Namespace, rest: list[str]) -> int:
+        from importlib import import_module
+
+        return import_module(module).main(rest)
+
+    command = commands.add_parser(name, help=help, add_help=False)
+    command.set_defaults(run=run, passes_on=True)
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="distil, improve and stream a small video model, and write a report",
+        description="From a bidirectional teacher and a causal start to a few-step student (RAVEN), improved with "
+        "CM-GRPO, on the built-in world. Writes report.html and metrics.json. Interrupt it at any time: the same "
+        "command goes on where it stopped.",
+    )
+    _add_traceback(demo)
+    demo.add_argument("--size", default="tiny", help="tiny (2 CPU cores, 5 minutes; default) or small (one GPU)")
+    demo.add_argument("--out", help="output folder (default: runs/demo-SIZE)")
+    demo.add_argument("--seed", type=int, default=0, help="all randomness comes from here (default: 0)")
+    demo.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    demo.add_argument("--from-scratch", action="store_true", help="train the teacher and the causal start too")
+    demo.add_argument("--stages", help="comma-separated stages to run (default: all that are not done)")
+    demo.add_argument("--restart", action="store_true", help="forget what an earlier run left in the output folder")
+    demo.add_argument("--export-assets", metavar="DIR", help="write teacher and start in fp16 into DIR (to ship them)")
+    demo.set_defaults(run=_demo)
+
+
+def _demo(args: argparse.Namespace, rest: list[str]) -> int:
+    from raven.demo import stages
+
+    demo = stages.Demo.open(
+        size=args.size,
+        out=args.out,
+        seed=args.seed,
+        device=args.device,
+        from_scratch=args.from_scratch,
+        restart=args.restart,
+    )
+    demo.run(args.stages.split(",") if args.stages else None)
+    if args.export_assets:
+        demo.export_assets(args.export_assets, command=["raven", *sys.argv[1:]])
+    return 0
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="stream a video from a checkpoint, chunk by chunk",
+        description="Stream videos from a causal few-step checkpoint. The file grows while the video is made.",
+    )
+    _add_traceback(generate)
+    generate.add_argument("--checkpoint", required=True, help="weights (.safetensors, .pt)")
+    generate.add_argument("--prompt", action="append", help="what to show; repeat it for several videos")
+    generate.add_argument("--context", help="text embeddings (.safetensors) instead of --prompt, for Wan checkpoints")
+    generate.add_argument("-o", "--out", default="out.mp4", help=".mp4, or .safetensors for latents")
+    generate.add_argument("--config", help="model config (.json), for checkpoints that do not carry one")
+    generate.add_argument("--frames", type=int, help="latent frames (default: as trained)")
+    generate.add_argument("--chunk-frames", type=int, help="latent frames of one chunk (default: as trained, else 3)")
+    generate.add_argument("--latent-size", help="HEIGHTxWIDTH of the latent (default: as trained, else 60x104)")
+    generate.add_argument("--sink", type=int, help="first chunks that stay visible (default: as trained, else 0)")
+    generate.add_argument("--window", type=int, help="past chunks that stay visible (default: as trained, else all)")
+    generate.add_argument("--steps", type=int, help="sampling steps of one chunk (default: as trained, else 4)")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    generate.add_argument("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, else float32)")
+    generate.add_argument("--fps", type=float, help="frames per second of the mp4 (default: as trained, else 8)")
+    generate.set_defaults(run=_generate)
+
+
+def _generate(args: argparse.Namespace, rest: list[str]) -> int:
+    from raven import generate
+
+    options = {k: v for k, v in vars(args).items() if k not in ("command", "run", "traceback", "passes_on")}
+    generate.generate(generate.Request(**options))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
