@@ -1,0 +1,27 @@
+"""Tools for tests and benches of these ops and of code that uses them: oracles, tolerances, memory traps, timers."""
+
+from raven.testing.compare import (
+    Tolerance,
+    assert_as_accurate,
+    assert_bitwise,
+    relative_rms,
+    tolerance,
+)
+from raven.testing.memory import guarded, poisoned_memory
+from raven.testing.oracles import attention_oracle
+from raven.testing.timers import copy_rate, matmul_rate, peak_extra_bytes, time_ms
+
+__all__ = [
+    "Tolerance",
+    "assert_as_accurate",
+    "assert_bitwise",
+    "attention_oracle",
+    "copy_rate",
+    "guarded",
+    "matmul_rate",
+    "peak_extra_bytes",
+    "poisoned_memory",
+    "relative_rms",
+    "time_ms",
+    "tolerance",
+]
