@@ -47,7 +47,9 @@ def check_chunk_frames(chunk_frames: Sequence[int], like: torch.Tensor) -> tuple
     """``chunk_frames`` as a tuple; ``ValueError`` unless the sizes are positive and sum to ``like.shape[2]``."""
     sizes = tuple(int(f) for f in chunk_frames)
     if like.dim() < 3:
-        raise ValueError(f"chunk_frames: got {sizes} for a tensor of shape {tuple(like.shape)}, expected [B, C, F, ...]")
+        raise ValueError(
+            f"chunk_frames: got {sizes} for a tensor of shape {tuple(like.shape)}, expected [B, C, F, ...]"
+        )
     if not sizes or min(sizes) < 1 or sum(sizes) != like.shape[2]:
         raise ValueError(f"chunk_frames: got {sizes}, expected positive sizes with sum {like.shape[2]}")
     return sizes
@@ -98,7 +100,9 @@ def expand_level(
     rows, dims = like.shape[0], like.dim()
     if isinstance(level, torch.Tensor) and level.dim() == dims and dims > 1 and (dims > 2 or level.shape[1] == 1):
         if any(got not in (1, size) for got, size in zip(level.shape, like.shape, strict=True)):
-            raise ValueError(f"{name}: got shape {tuple(level.shape)}, expected one that broadcasts to {tuple(like.shape)}")
+            raise ValueError(
+                f"{name}: got shape {tuple(level.shape)}, expected one that broadcasts to {tuple(like.shape)}"
+            )
         return level.to(compute_dtype(like))
     per_chunk = None if chunk_frames is None else check_chunk_frames(chunk_frames, like)
     place = (like.device, compute_dtype(like))

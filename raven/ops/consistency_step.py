@@ -65,7 +65,9 @@ def _per_frame(name: str, level: Level, x: torch.Tensor, dtype: torch.dtype) -> 
     B, columns = x.shape[0], 1
     if isinstance(level, torch.Tensor):
         if level.requires_grad:
-            raise ValueError(f"{name}: got a tensor that requires a gradient, expected a constant (try {name}.detach())")
+            raise ValueError(
+                f"{name}: got a tensor that requires a gradient, expected a constant (try {name}.detach())"
+            )
         if level.dim() > 2 and level.dim() == x.dim():
             frames = level.shape[2]
             if tuple(level.shape) not in ((1, 1, frames) + (1,) * (x.dim() - 3), (B, 1, frames) + (1,) * (x.dim() - 3)):

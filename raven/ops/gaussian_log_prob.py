@@ -41,8 +41,8 @@ def gaussian_log_prob(
 
     Raises:
         ValueError: shapes, devices, chunk sizes, levels out of range (``s = 0`` is a point mass and has no density), a
-            level that requires a gradient. Levels in a CUDA tensor are not read back, which would stall the stream: there
-            a level out of range makes its log-density and gradients NaN.
+            level that requires a gradient. Levels in a CUDA tensor are not read back, which would stall the stream:
+            there a level out of range makes its log-density and gradients NaN.
         TypeError: an unsupported dtype.
         BackendUnavailableError: the backend asked for by name cannot run these tensors.
     """
@@ -58,7 +58,9 @@ def gaussian_log_prob(
     for name, level in (("t", t), ("s", s)):
         check_level(name, level, exclusive=name == "s")
         if isinstance(level, torch.Tensor) and level.requires_grad:
-            raise ValueError(f"{name}: got a tensor that requires a gradient, expected a constant (try {name}.detach())")
+            raise ValueError(
+                f"{name}: got a tensor that requires a gradient, expected a constant (try {name}.detach())"
+            )
     levels = [level_table(name, x, v.shape[0], columns, v.device, dtype) for name, x in (("t", t), ("s", s))]
     return _forward_op(v, x_t, x_s, *levels, chunks)
 
