@@ -29,11 +29,13 @@ def _draw(shape: Sequence[int], generator: Generator, model: CausalWan) -> torch
     return torch.cat([_draw((1, *shape[1:]), g, model) for g in generator])
 
 
-def _schedule(levels: torch.Tensor | Sequence[float] | None) -> list[float]:
-    """Noise levels as numbers, checked once: descending, in (0, 1]."""
+def _schedule(levels: torch.Tensor | Sequence[float] | None, sampler: str = "consistency") -> list[float]:
+    """Noise levels as numbers, checked once: descending, in (0, 1]. The sampler's name is checked with them."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler: got {sampler!r}, expected one of {', '.join(SAMPLERS)}")
     values = [float(t) for t in (sampling_levels(4) if levels is None else levels)]
-    ordered = all(a > b for a, b in zip(values, [*values[1:], 0.0], strict=True))
-    if not values or values[0] > 1 or not ordered:
+    falling = all(a > b for a, b in zip(values, [*values[1:], 0.0], strict=False))
+    if not values or values[0] > 1 or not falling:
         raise ValueError(f"levels: got {values}, expected descending levels in (0, 1]")
     return values
 
@@ -183,9 +185,7 @@ class Stream:
         "consistency" (fresh noise at every step) or "ode" (Euler steps). Returns the clean chunk ``[B, C, f, H, W]``
         and its states at every level ``[K, B, C, f, H, W]``.
         """
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler: got {sampler!r}, expected one of {', '.join(SAMPLERS)}")
-        steps = _schedule(levels)
+        steps = _schedule(levels, sampler)
         x = self.noise(generator)
         states = []
         for t, s in zip(steps, [*steps[1:], 0.0], strict=True):
@@ -214,7 +214,7 @@ class Stream:
         seed is a video; a list of generators, one a sample, makes it independent of the batch.
         Raises ``ValueError`` when ``frames`` does not end with a chunk.
         """
-        _schedule(levels)
+        _schedule(levels, sampler)
         end = self.max_frames if frames is None else self.frame + frames
         if self._cache is None and self.max_frames is None and self.window is None:
             self.max_frames = end

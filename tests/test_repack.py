@@ -255,3 +255,48 @@ def test_bad_input(change, message):
     arguments = {"x_t": x_t, "x_0": x_0, "t": t, "context": context, "chunk_frames": 2, **change}
     with pytest.raises(ValueError, match=message):
         repacked_forward(tiny_model(), **arguments)
+
+
+def test_text_must_be_encoded():
+    x_t, x_0, t, _ = tiny_inputs(6)
+    with pytest.raises(TypeError, match="context.0.: got str, expected an encoded prompt"):
+        repacked_forward(tiny_model(), x_t, x_0, t, ["a red circle"] * 2, 2)
+    with pytest.raises(TypeError, match="model: got Linear, expected a CausalWan"):
+        repacked_forward(torch.nn.Linear(1, 1), x_t, x_0, t, [], 2)
+
+
+@pytest.mark.interpret
+def test_repacked_equals_cached_on_triton_kernels(triton_backend):
+    sizes = (1, 2, 2)
+    model = tiny_model()
+    x_t, x_0, t, context = tiny_inputs(5)
+    with torch.no_grad():
+        got = repacked_forward(model, x_t, x_0, t, context, sizes)
+    assert (got - cached_forward(model, x_t, x_0, t, context, sizes, 0, None)).abs().max() < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes, sink, window", HISTORIES)
+def test_repacked_equals_cached_on_a_gpu(sizes, sink, window):
+    x_t, x_0, t, context = tiny_inputs(sum(sizes), size=12)
+    exact = repacked_forward(tiny_model(), x_t, x_0, t, context, sizes, sink, window)
+    arguments = [x_t.cuda(), x_0.cuda(), t.cuda(), [c.cuda() for c in context], sizes, sink, window]
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        model = tiny_model(dtype).cuda()
+        with torch.no_grad():
+            packed = repacked_forward(model, *arguments)
+        cached = cached_forward(model, *arguments)
+        assert (packed - cached).norm() / exact.norm() < tolerance
+        assert (packed.cpu() - exact).norm() / exact.norm() < max(tolerance, 1e-4)
+
+
+@pytest.mark.gpu
+def test_training_step_on_a_gpu_matches_the_cpu():
+    x_t, x_0, t, context = tiny_inputs(5, size=12)
+    grads = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model().to(device)
+        inputs = (x_t.to(device), x_0.to(device), t.to(device), [c.to(device) for c in context])
+        repacked_forward(model, *inputs, (1, 2, 2)).square().mean().backward()
+        grads.append(torch.cat([w.grad.flatten().cpu() for w in model.parameters()]))
+    assert (grads[0] - grads[1]).norm() / grads[0].norm() < 1e-3

@@ -197,3 +197,18 @@ def test_bad_stream_arguments():
         stream.commit(x)
     with pytest.raises(ValueError, match="negative_context: got 1 prompts, expected 2"):
         sample_bidirectional(model, context, context[:1], (4, 1, 4, 4))
+
+
+@pytest.mark.gpu
+def test_velocity_does_not_wait_for_the_gpu():
+    model = tiny_model(torch.bfloat16).cuda()
+    x, clean, _, context = (i.cuda() if isinstance(i, torch.Tensor) else i for i in tiny_inputs(2))
+    stream = Stream(model, context, SHAPE, 2, sink=1, window=1)
+    stream.commit(clean)
+    first = stream.velocity(x, 0.5)  # uploads the plan of this chunk
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = stream.velocity(x, 0.5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, second)

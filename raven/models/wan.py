@@ -309,13 +309,16 @@ class CausalWan(nn.Module):
 
         ``context`` is a list of ``[n_i, text_dim]`` (one a sample, ``n_i <= text_len``) or a padded tensor
         ``[B, n, text_dim]``. Missing rows are zeros *before* the text embedding and are attended to, as in Wan.
-        A ``TextCache`` is returned as it is. Raises ``ValueError`` for a prompt that is too long or too wide.
+        A ``TextCache`` is returned as it is. Raises ``ValueError`` for a prompt that is too long or too wide,
+        ``TypeError`` for one that is not a tensor.
         """
         if isinstance(context, TextCache):
             return context
         config = self.config
         rows = [*context]
         for i, row in enumerate(rows):
+            if not isinstance(row, torch.Tensor):
+                raise TypeError(f"context[{i}]: got {type(row).__name__}, expected an encoded prompt (a tensor)")
             check_shape(f"context[{i}]", row, ("n", config.text_dim))
             if row.shape[0] > config.text_len:
                 limit = f"expected at most text_len = {config.text_len}"
@@ -396,13 +399,13 @@ class CausalWan(nn.Module):
         """Noise levels ``[B, chunks]`` in at least float32."""
         check_level("t", t)
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        levels = torch.as_tensor(t, device=self.device)
-        levels = levels.to(torch.promote_types(levels.dtype, wide) if levels.is_floating_point() else wide)
+        if not isinstance(t, torch.Tensor):
+            return torch.full((batch, chunks), t, dtype=wide, device=self.device)  # no copy to wait for
+        levels = t.to(device=self.device, dtype=torch.promote_types(t.dtype, wide))
         if levels.ndim < 2:
             levels = levels.reshape(-1, 1)
         if levels.ndim != 2 or levels.shape[0] not in (1, batch) or levels.shape[1] not in (1, chunks):
-            got = tuple(torch.as_tensor(t).shape)
-            raise ValueError(f"t: got shape {got}, expected [{batch}] or [{batch}, {chunks}]")
+            raise ValueError(f"t: got shape {tuple(t.shape)}, expected [{batch}] or [{batch}, {chunks}]")
         return levels.expand(batch, chunks)
 
     def _clean_patches(self, packing: Packing, x: torch.Tensor, x_0: torch.Tensor | None) -> torch.Tensor | None:
