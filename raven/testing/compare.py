@@ -57,15 +57,16 @@ def assert_as_accurate(
 ) -> float:
     """Assert ``limit`` for ``got`` against the float64 ``want``; returns the relative RMS error.
 
-    ``baseline`` is the same computation by PyTorch in ``got``'s dtype: being worse than ``limit.factor`` times it fails,
-    however small both are. ``None`` leaves only ``limit.rms``.
+    ``baseline`` is the same computation by PyTorch in ``got``'s dtype: an error above ``limit.factor`` times its error
+    fails, however small both are. ``None`` leaves only ``limit.rms``.
     """
     error = relative_rms(got, want)
     assert error <= limit.rms, f"{name}: relative RMS error {error:.3e}, expected at most {limit.rms:.1e}"
     if baseline is not None:
         reached = relative_rms(baseline, want)
         assert error <= limit.factor * reached, (
-            f"{name}: relative RMS error {error:.3e}, expected at most {limit.factor:g} times the baseline's {reached:.3e}"
+            f"{name}: relative RMS error {error:.3e}, expected at most {limit.factor:g} times "
+            f"the baseline's {reached:.3e}"
         )
     return error
 

@@ -1,0 +1,154 @@
+"""What the benches share: a row is measured only after its correctness check passed in the same process.
+
+A bench file holds pytest functions that take the ``bench`` fixture of `conftest.py`, one row each:
+
+    @pytest.mark.gpu
+    def test_add(bench):
+        a, b = (torch.randn(1 << 28, device="cuda") for _ in range(2))
+        bench.row(
+            op="add", case="large", direction="forward", backend="torch",
+            check=lambda: assert_bitwise(a + b, b + a),
+            run=lambda: a + b, work=3 * a.nbytes, unit="TB/s",
+            peers={"compiled": lambda: compiled(a, b)},
+        )
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import raven
+from raven.bench import format_table, write_results
+from raven.testing import copy_rate, matmul_rate, time_ms
+
+Run = Callable[[], object]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+UNITS = ("TB/s", "TFLOP/s")
+DIRECTIONS = ("forward", "backward", "forward+backward")
+RESULTS = Path(__file__).parent / "results"
+# Enough copies of a small job's memory that one round of them does not fit into any GPU's L2 cache.
+CACHE_BYTES = 256 * 2**20
+
+
+def rounds_beyond_cache(bytes_per_call: int) -> int:
+    """How many separate sets of inputs must take turns for each call to find its own out of the cache."""
+    return max(1, min(64, -(-CACHE_BYTES // max(bytes_per_call, 1))))
+
+
+class Recorder:
+    """Rows of one run, and the ceilings they are held against, each measured once and only when a row needs it."""
+
+    def __init__(self, device: str = DEVICE) -> None:
+        self.device = device
+        self.rows: list[dict[str, Any]] = []
+
+    @cached_property
+    def copy_tb_per_s(self) -> float:
+        return copy_rate(self.device)
+
+    @cached_property
+    def matmul_tflop_per_s(self) -> float:
+        return matmul_rate(self.device)
+
+    def roof(self, unit: str) -> float:
+        """The measured ceiling in ``unit``: device copy (bytes read and written), or a bfloat16 8192-cubed product."""
+        if unit not in UNITS:
+            raise ValueError(f"unit: got {unit!r}, expected one of {', '.join(UNITS)}")
+        return self.copy_tb_per_s if unit == "TB/s" else self.matmul_tflop_per_s
+
+    def row(
+        self,
+        *,
+        op: str,
+        case: str,
+        direction: str,
+        backend: str,
+        check: Callable[[], Mapping[str, float] | float | None],
+        run: Run | Sequence[Run],
+        work: float,
+        unit: str,
+        peers: Mapping[str, Run | Sequence[Run]] | None = None,
+        graph: bool = False,
+        extra: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Check, then measure ``run`` and the peers, and keep the row; a failed check raises and leaves no row.
+
+        Args:
+            op, case, direction, backend: the row's name; directions are "forward", "backward", "forward+backward".
+            check: asserts that ``run``'s results are right; may return measured errors, which the row keeps.
+            run: one call, or several on separate memory that take turns (see ``rounds_beyond_cache``).
+            work: useful floating point operations, or bytes that must be moved, of one call.
+            unit: "TFLOP/s" or "TB/s".
+            peers: the same job by others, timed in the same way right after.
+            graph: time replays of a CUDA graph: device time without the host's.
+            extra: further entries of the row.
+        """
+        if direction not in DIRECTIONS:
+            raise ValueError(f"direction: got {direction!r}, expected one of {', '.join(DIRECTIONS)}")
+        roof = self.roof(unit)
+        errors = check()
+        ms = self._time(run, graph)
+        rate = work / ms / 1e9
+        row = {
+            "op": op,
+            "case": case,
+            "direction": direction,
+            "backend": backend,
+            "ms": ms,
+            "rate": rate,
+            "unit": unit,
+            "roof": roof,
+            "percent": 100 * rate / roof,
+            "peers": {name: self._time(peer, graph) for name, peer in (peers or {}).items()},
+            "timer": ("graph" if graph else "events") if self.device == "cuda" else "wall",
+            "errors": errors if errors is None or isinstance(errors, float) else dict(errors),
+            **(extra or {}),
+        }
+        self.rows.append(row)
+        return row
+
+    def _time(self, run: Run | Sequence[Run], graph: bool) -> float:
+        if self.device == "cuda":
+            return time_ms(run, self.device, graph=graph)
+        return time_ms(run, self.device, repeats=3, at_least_ms=0.0, warmup_ms=0.0)
+
+    def results(self) -> dict[str, Any]:
+        """Everything about this run, ready for JSON."""
+        ceilings = {k: getattr(self, k) for k in ("copy_tb_per_s", "matmul_tflop_per_s") if k in self.__dict__}
+        return {**describe_machine(self.device), "ceilings": ceilings, "rows": self.rows}
+
+    def save(self, path: Path | None = None) -> Path:
+        """Write the run to ``path``, or to a new file named after GPU and time in ``bench/results``."""
+        results = self.results()
+        if path is None:
+            gpu = "-".join((results["gpu"] or "cpu").lower().split())
+            path = RESULTS / f"{gpu}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}.json"
+        write_results(results, path)
+        return path
+
+    def table(self) -> str:
+        return format_table(self.results())
+
+
+def describe_machine(device: str = DEVICE) -> dict[str, Any]:
+    """``gpu`` (name or ``None``), ``cpu``, ``date`` and ``versions``."""
+    names = ("torch", "triton", "numpy")
+    installed = {d.metadata["Name"].lower() for d in metadata.distributions() if d.metadata["Name"]}
+    versions = {name: metadata.version(name) for name in names if name in installed}
+    return {
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"raven": raven.__version__, "python": platform.python_version(), "cuda": torch.version.cuda}
+        | versions
+        | {"cudnn": torch.backends.cudnn.version()},
+    }

@@ -1,0 +1,216 @@
+"""The command ``raven bench``: run the benches of a checkout, put their rows into one file, print and draw the table.
+
+A results file is JSON: ``gpu`` (name or ``null``), ``cpu``, ``date``, ``versions``, ``ceilings`` and ``rows``; a row
+has ``op, case, direction, backend, ms, rate, unit, roof, percent, peers {name: ms}, timer`` and what its bench adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROW_KEYS = ("op", "case", "direction", "backend", "ms", "rate", "unit", "roof", "peers")
+_NOTHING_COLLECTED = 5  # pytest's exit code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run it; 0 when every bench passed, 1 when one failed (its row is missing from the table)."""
+    parser = argparse.ArgumentParser(
+        prog="raven bench",
+        description="Measure the kernels against their peers. Every row is refused unless its correctness check "
+        "passed in the same process.",
+    )
+    parser.add_argument("ops", nargs="*", metavar="OP", help="only these ops (default: all)")
+    parser.add_argument("-k", dest="keyword", help="only benches whose name matches, as in pytest -k")
+    parser.add_argument("--table", metavar="FILE", help="print a stored results file and measure nothing")
+    parser.add_argument("--output", metavar="FILE", help="results file (default: a new one in bench/results)")
+    parser.add_argument("--folder", metavar="DIR", help="folder of the benches (default: bench/ of this checkout)")
+    args = parser.parse_args(argv)
+    if args.table:
+        print(format_table(read_results(args.table)))
+        return 0
+    files = bench_files(find_folder(args.folder), args.ops)
+    results, failed = _run(files, args.keyword)
+    if not results["rows"]:
+        print("no rows: no bench ran to its end", file=sys.stderr)
+        return 1
+    path = Path(args.output) if args.output else _default_path(files[0].parent, results)
+    write_results(results, path)
+    print(format_table(results))
+    print(f"\nwritten to {path}")
+    picture = plot_results(results, path.with_suffix(".png"))
+    print(f"picture: {picture}" if picture else "no picture: matplotlib is not installed")
+    if failed:
+        print("failed: " + ", ".join(failed), file=sys.stderr)
+    return 1 if failed else 0
+
+
+def find_folder(folder: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of the benches. ``ValueError`` where there is none, as in an installed wheel."""
+    path = Path(folder) if folder else Path(__file__).resolve().parents[1] / "bench"
+    if not any(path.glob("bench_*.py")):
+        raise ValueError(
+            f"folder: got {path}, which holds no bench_*.py; the benches are part of a checkout, not of an installed "
+            "package: run this inside one (pip install -e .), or name its folder with --folder"
+        )
+    return path
+
+
+def bench_files(folder: Path, ops: Sequence[str] = ()) -> list[Path]:
+    """Bench files of the ops, all of them when none is named. ``ValueError`` for an op without one."""
+    found = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
+    for op in ops:
+        if op not in found:
+            raise ValueError(f"op: got {op!r}, expected one of {', '.join(found)}")
+    return [found[op] for op in (ops or found)]
+
+
+def _run(files: Sequence[Path], keyword: str | None) -> tuple[dict[str, Any], list[str]]:
+    """One process per file: an illegal memory access in one leaves the others their rows."""
+    parts, failed = [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        for file in files:
+            part = Path(scratch) / f"{file.stem}.json"
+            # The settings of the checkout's own tests (plug-ins, strictness) do not concern a bench.
+            command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(file.parent), str(file)]
+            command += ["-q", "--no-header", "-p", "no:cacheprovider", "--benchmark-disable", "--raven-json", str(part)]
+            code = subprocess.run(command + (["-k", keyword] if keyword else [])).returncode
+            if code not in (0, _NOTHING_COLLECTED):
+                failed.append(file.stem)
+            if part.exists():
+                parts.append(read_results(part))
+    return merge_results(parts), failed
+
+
+def merge_results(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The rows of several runs on one machine under one heading; of each ceiling the first measurement."""
+    merged: dict[str, Any] = {"gpu": None, "versions": {}, "ceilings": {}, "rows": []}
+    for part in parts:
+        rows, ceilings = merged["rows"] + part["rows"], {**part.get("ceilings", {}), **merged["ceilings"]}
+        merged = {**part, **{k: v for k, v in merged.items() if v}, "rows": rows, "ceilings": ceilings}
+    return merged
+
+
+def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Load a results file; ``OSError`` when it cannot be read, ``ValueError`` when it is no such file."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            results = json.load(file)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"table: got {path}, which is no JSON file ({error})") from error
+    if not isinstance(results, dict) or not isinstance(results.get("rows"), list):
+        raise ValueError(f"table: got {path}, which has no rows; expected a file that raven bench wrote")
+    for row in results["rows"]:
+        missing = [key for key in ROW_KEYS if key not in row]
+        if missing:
+            raise ValueError(f"table: got {path} with a row without {', '.join(missing)}")
+    return results
+
+
+def write_results(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Store a run, rounded to six digits. The file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(json.dumps(_rounded(results), indent=1) + "\n", encoding="utf-8")
+    scratch.replace(path)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float) and math.isfinite(value):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(v) for v in value]
+    return value
+
+
+def _default_path(folder: Path, results: Mapping[str, Any]) -> Path:
+    gpu = "-".join((results["gpu"] or "cpu").lower().split())
+    return folder / "results" / f"{gpu}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}.json"
+
+
+def format_table(results: Mapping[str, Any]) -> str:
+    """The rows as text: rate, share of the measured ceiling, and how many times faster than each peer."""
+    versions = results.get("versions", {})
+    heading = f"{results.get('gpu') or 'no GPU'}, {results.get('date', 'no date')}"
+    software = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    lines = [["op", "case", "direction", "backend", "ms", "rate", "of roof", "against peers"]]
+    for row in results["rows"]:
+        peers = ", ".join(f"{_ratio(ms / row['ms'])} {name}" for name, ms in row["peers"].items())
+        lines.append(
+            [
+                row["op"],
+                row["case"],
+                row["direction"],
+                row["backend"],
+                f"{row['ms']:.4g}",
+                f"{row['rate']:.4g} {row['unit']}",
+                f"{100 * row['rate'] / row['roof']:.0f} %",
+                peers or "-",
+            ]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([heading, software, *_ceilings(results), "", *text])
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.2f}x"
+
+
+def _ceilings(results: Mapping[str, Any]) -> list[str]:
+    ceilings = results.get("ceilings", {})
+    parts = [
+        f"{label} {ceilings[key]:.4g} {unit}"
+        for key, label, unit in (
+            ("copy_tb_per_s", "copy", "TB/s"),
+            ("matmul_tflop_per_s", "matrix product", "TFLOP/s"),
+        )
+        if key in ceilings
+    ]
+    return [f"roofs measured in this run: {', '.join(parts)}"] if parts else []
+
+
+def plot_results(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path | None:
+    """Draw every row's share of its roof, with the peers' as marks; ``None`` without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    rows = results["rows"][::-1]
+    figure = Figure(figsize=(9, 1.2 + 0.34 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    labels = [f"{row['op']}  {row['case']}  {row['direction']}" for row in rows]
+    shares = [100 * row["rate"] / row["roof"] for row in rows]
+    bars = axes.barh(range(len(rows)), shares, color="#3b6ea5", height=0.7, label="raven")
+    axes.bar_label(bars, fmt="%.0f %%", padding=3, fontsize=8)
+    names = sorted({name for row in rows for name in row["peers"]})
+    for name, marker in zip(names, "osD^v<>P*X" * (1 + len(names) // 10), strict=False):
+        points = [
+            (share * row["ms"] / row["peers"][name], i)
+            for i, (share, row) in enumerate(zip(shares, rows, strict=True))
+            if name in row["peers"]
+        ]
+        axes.scatter(*zip(*points, strict=True), marker=marker, s=28, zorder=3, edgecolors="black", label=name)
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.set_xlabel("% of the measured roof (copy bandwidth, or bf16 matrix product)")
+    axes.set_title(f"{results.get('gpu') or 'CPU'}, {results.get('date', '')}", fontsize=10)
+    axes.set_xlim(0, max([100.0, *(1.12 * share for share in shares)]))
+    axes.axvline(100, color="gray", linewidth=0.8, linestyle="--")
+    axes.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=130)
+    return Path(path)
