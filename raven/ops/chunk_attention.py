@@ -100,7 +100,7 @@ def _chunk_attention(
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     if not complete:
         lse.fill_(float("-inf"))
-    config = kernels.forward_config(q)
+    config = kernels.forward_config(q.shape[-1], q.dtype, kernels.capability(q))
     tiles = device_plan(q_ranges, kv_indptr, kv_ranges, config.block_q, config.block_k, q.device)
     kernels.forward(q, k, v, out, lse, tiles, scale, config)
     return out, lse
@@ -135,12 +135,10 @@ def _chunk_attention_backward(
     keys = _transposed(*(x.numpy().tobytes() for x in spans))
     make = torch.empty if _covered(keys[0]) == k.shape[1] else torch.zeros
     dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    q_config, k_config = kernels.backward_configs(q)
+    q_config, k_config = kernels.backward_configs(q.shape[-1], q.dtype, kernels.capability(q))
     q_tiles = device_plan(*spans, q_config.block_q, q_config.block_k, q.device)
     k_tiles = device_plan(*keys, k_config.block_k, k_config.block_q, q.device)
-    kernels.backward(
-        grad_out, grad_lse, q, k, v, out, lse, dq, dk, dv, q_tiles, k_tiles, scale, q_config, k_config
-    )
+    kernels.backward(grad_out, grad_lse, q, k, v, out, lse, dq, dk, dv, q_tiles, k_tiles, scale, q_config, k_config)
     return dq, dk, dv
 
 
@@ -196,7 +194,7 @@ def device_plan(
     block_k: int,
     device: torch.device,
 ) -> DevicePlan:
-    """The tile lists of these ranges on the device, made at the first call and kept (CUDA graphs hold their address)."""
+    """The tile lists of these ranges on the device, made at the first call and kept: a CUDA graph holds them."""
     return _device_plan(*(x.numpy().tobytes() for x in (q_ranges, kv_indptr, kv_ranges)), block_q, block_k, device)
 
 
