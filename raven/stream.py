@@ -14,11 +14,11 @@ from raven.ops import consistency_step
 from raven.schedule import sampling_levels
 from raven.spans import check_int
 
-Generator = "torch.Generator | Sequence[torch.Generator] | None"
+Generators = torch.Generator | Sequence[torch.Generator] | None
 SAMPLERS = ("consistency", "ode")
 
 
-def _draw(shape: Sequence[int], generator: Generator, model: CausalWan) -> torch.Tensor:
+def _draw(shape: Sequence[int], generator: Generators, model: CausalWan) -> torch.Tensor:
     """Standard normal latents ``[B, ...]``, drawn where the generator lives; a list has one generator a sample."""
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     if generator is None or isinstance(generator, torch.Generator):
@@ -66,7 +66,7 @@ class Stream:
         sink: int = 0,
         window: int | None = None,
         max_frames: int | None = None,
-        generator: Generator = None,
+        generator: Generators = None,
         negative_context: Context | None = None,
         guidance: float = 1.0,
     ) -> None:
@@ -167,7 +167,7 @@ class Stream:
         self.frame += self.chunk_frames
         self.chunk += 1
 
-    def noise(self, generator: Generator = None) -> torch.Tensor:
+    def noise(self, generator: Generators = None) -> torch.Tensor:
         """Standard normal latents for the chunk in flight, float32 (float64 for a float64 model)."""
         shape = (self.batch, self.latent_shape[0], self.chunk_frames, *self.latent_shape[1:])
         return _draw(shape, generator if generator is not None else self.generator, self.model)
@@ -176,7 +176,7 @@ class Stream:
     def denoise(
         self,
         levels: torch.Tensor | Sequence[float] | None = None,
-        generator: Generator = None,
+        generator: Generators = None,
         sampler: str = "consistency",
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Denoise the chunk in flight without committing it.
@@ -203,7 +203,7 @@ class Stream:
         self,
         frames: int | None = None,
         levels: torch.Tensor | Sequence[float] | None = None,
-        generator: Generator = None,
+        generator: Generators = None,
         return_trajectory: bool = False,
         sampler: str = "consistency",
     ) -> Iterator[torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
@@ -260,7 +260,7 @@ def rollout(
     levels: torch.Tensor | Sequence[float] | None = None,
     sink: int = 0,
     window: int | None = None,
-    generator: Generator = None,
+    generator: Generators = None,
 ) -> Rollout:
     """Generate a video of chunks ``chunk_frames`` and keep every state, without gradient.
 
@@ -288,7 +288,7 @@ def sample_bidirectional(
     steps: int = 50,
     guidance: float = 5.0,
     shift: float = 5.0,
-    generator: Generator = None,
+    generator: Generators = None,
 ) -> torch.Tensor:
     """Sample whole videos ``[B, C, F, H, W]`` with a bidirectional model: Euler steps of the probability-flow ODE.
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_wan import CONFIG, tiny_inputs, tiny_model
 
+from raven.layout import ChunkLayout
 from raven.repack import bidirectional_forward, blockwise_forward, repacked_forward, split_frames
 from raven.stream import Stream
 
@@ -73,6 +74,15 @@ def test_history_matters_and_the_last_clean_chunk_does_not():
     other[:, :, 0:2] += 1
     v = repacked_forward(model, other, x_0, t, context, sizes)
     assert (v[:, :, 2:] == base[:, :, 2:]).all(), "a noisy chunk is a key for nobody else"
+
+
+def test_teacher_forcing_layout_is_the_same_forward():
+    sizes = (1, 2, 2)
+    model = tiny_model(torch.float64)
+    x_t, x_0, t, context = tiny_inputs(5, torch.float64)
+    want = repacked_forward(model, x_t, x_0, t, context, sizes, 1, 1)
+    got = model(x_t, t, context, ChunkLayout.teacher_forcing(sizes, 4, 1, 1), x_0=x_0)
+    assert (got - want).abs().max() < 1e-12
 
 
 def test_one_level_a_chunk():
@@ -174,6 +184,24 @@ def test_autocast_trains_float32_weights():
     error = (v - want).norm() / want.norm()
     assert 0 < error < 3e-2
     assert (cached - v).norm() / want.norm() < error
+
+
+def test_wrapped_models_are_called_through_their_wrapper():
+    class Wrapper(torch.nn.Module):  # as DistributedDataParallel: the forward is reached by calling the wrapper
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+            self.calls = 0
+
+        def forward(self, *args, **kwargs):
+            self.calls += 1
+            return self.module(*args, **kwargs)
+
+    model = tiny_model()
+    x_t, x_0, t, context = tiny_inputs(4)
+    wrapper = Wrapper(model)
+    got = repacked_forward(wrapper, x_t, x_0, t, context, 2)
+    assert wrapper.calls == 1 and torch.equal(got, repacked_forward(model, x_t, x_0, t, context, 2))
 
 
 def test_samples_are_independent():
