@@ -45,6 +45,7 @@ def chunk_attention_forward(
     """One attention call per query range on its gathered keys; never a mask."""
     B, Lq, H, _ = q.shape
     dtype = accumulation_dtype(q.dtype)
+    q, k, v = (_inner_contiguous(x) for x in (q, k, v))
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full((B, H, Lq), float("-inf"), dtype=dtype, device=q.device)
     for (q0, q1), keys in _ranges(q_ranges, kv_indptr, kv_ranges):
@@ -78,6 +79,7 @@ def chunk_attention_backward(
     """Gradients of q, k, v; those of keys that several ranges see are summed in the accumulation dtype."""
     H = q.shape[2]
     dtype = accumulation_dtype(q.dtype)
+    q, k, v, grad_out = (_inner_contiguous(x) for x in (q, k, v, grad_out))
     dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (k, v))
     for (q0, q1), keys in _ranges(q_ranges, kv_indptr, kv_ranges):
@@ -102,6 +104,11 @@ def chunk_attention_backward(
         _scatter_add(dk, dki.transpose(1, 2), keys)
         _scatter_add(dv, dvi.transpose(1, 2), keys)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _inner_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """PyTorch's CPU attention reads a last dimension of any other stride wrongly, without an error."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _ranges(

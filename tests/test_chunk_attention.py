@@ -1,0 +1,381 @@
+"""chunk_attention on every lane against a dense mask in float64."""
+
+import random
+
+import pytest
+import torch
+
+import raven
+from raven.layout import ChunkLayout
+from raven.ops import chunk_attention
+from raven.reference.chunk_attention import dense_attention
+from raven.spans import Spans
+from raven.testing import (
+    Tolerance,
+    assert_as_accurate,
+    assert_bitwise,
+    peak_extra_bytes,
+    poisoned_memory,
+    relative_rms,
+    tolerance,
+)
+
+LAYOUTS = {
+    "interleaved": ChunkLayout.repacked((3, 2, 3), 23),
+    "clean_first": ChunkLayout.repacked((3, 2, 3), 23, order="clean_first"),
+    "sink_window": ChunkLayout.repacked((1, 2, 2, 2, 2), 19, sink=1, window=1),
+    "teacher_forcing": ChunkLayout.teacher_forcing((2, 3), 31),
+    "blockwise": ChunkLayout.blockwise((2, 2, 2), 37),
+    "cut_chunks": ChunkLayout.blockwise((3, 3, 3), 11, local_frames=4),
+    "bidirectional": ChunkLayout.bidirectional(3, 43),
+    "documents": ChunkLayout.concat([ChunkLayout.repacked((1, 1), 29), ChunkLayout.repacked((2, 1), 17)]),
+    "one_token": ChunkLayout.repacked((1,) * 5, 1),
+}
+GROUPS = [(64, 2, 2), (32, 4, 2), (128, 3, 1)]  # D, H, Hkv
+
+
+def make(layout, dtype, head_dim=32, heads=2, key_heads=2, batch=2, device="cpu"):
+    L = layout.length
+    shapes = ((heads, L), (key_heads, L), (key_heads, L), (heads, L))
+    q, k, v, grad = (torch.randn(batch, n, h, head_dim, device=device).to(dtype) for h, n in shapes)
+    return [x.requires_grad_() for x in (q, k, v)], grad
+
+
+def want_of(inputs, grad, mask, scale, grad_lse=None):
+    inputs = [x.detach().double().requires_grad_() for x in inputs]
+    out, lse = dense_attention(*inputs, mask.to(grad.device), scale)
+    outputs = (out,) if grad_lse is None else (out, lse)
+    grads = torch.autograd.grad(outputs, inputs, (grad.double(), grad_lse)[: len(outputs)])
+    return out, lse, grads
+
+
+def check(layout, dtype, device="cpu", scale=None, **shape):
+    inputs, grad = make(layout, dtype, device=device, **shape)
+    grad_lse = torch.randn(grad.shape[0], grad.shape[2], grad.shape[1], dtype=torch.float64, device=device)
+    factor = inputs[0].shape[-1] ** -0.5 if scale is None else scale
+    out64, lse64, grads64 = want_of(inputs, grad, layout.dense_mask(), factor, grad_lse)
+    with poisoned_memory():
+        out, lse = chunk_attention(*inputs, layout, scale=scale, return_lse=True)
+        grads = torch.autograd.grad((out, lse), inputs, (grad, grad_lse.to(lse.dtype)))
+    assert out.dtype == dtype and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_as_accurate(out, out64, None, tolerance(dtype), "out")
+    assert_as_accurate(
+        lse, lse64, None, Tolerance(1e-12 if dtype == torch.float64 else tolerance(torch.float32).rms), "lse"
+    )
+    for name, got, want in zip("qkv", grads, grads64, strict=True):
+        assert_as_accurate(got, want, None, tolerance(dtype, "backward"), f"d{name}")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_reference_equals_dense(name, dtype):
+    check(LAYOUTS[name], dtype, head_dim=32, heads=4, key_heads=2)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_interpreted_kernels_equal_dense(name, triton_backend):
+    check(LAYOUTS[name], torch.float32, head_dim=32, heads=2, key_heads=1, batch=1)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("shape", GROUPS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_interpreted_dtypes_and_heads(dtype, shape, triton_backend):
+    D, H, Hkv = shape
+    check(LAYOUTS["clean_first"], dtype, head_dim=D, heads=H, key_heads=Hkv, batch=1, scale=0.21)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_gpu_layouts(name, dtype):
+    check(LAYOUTS[name], dtype, "cuda", head_dim=64, heads=4, key_heads=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [*GROUPS, (256, 2, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_gpu_heads(dtype, shape):
+    D, H, Hkv = shape
+    for tokens in (23, 107, 128):
+        layout = ChunkLayout.repacked((3, 2, 3), tokens)
+        check(layout, dtype, "cuda", head_dim=D, heads=H, key_heads=Hkv, scale=0.21)
+
+
+def random_spans(rng, q_len, kv_len):
+    """Query ranges with gaps, each with unsorted disjoint key ranges that ignore every tile border."""
+    rows, at = [], 0
+    while at < q_len:
+        at += rng.choice([0, 0, 1, 7])
+        end = min(q_len, at + rng.choice([1, 2, 63, 64, 65, 127, 129, 300]))
+        if at >= end:
+            break
+        cuts = sorted(rng.sample(range(kv_len + 1), rng.choice([0, 2, 4, 8])))
+        ranges = list(zip(cuts[::2], cuts[1::2], strict=True))
+        rng.shuffle(ranges)
+        rows.append(((at, end), ranges))
+        at = end
+    keys = [r for _, ranges in rows for r in ranges]
+    indptr = [0]
+    for _, ranges in rows:
+        indptr.append(indptr[-1] + len(ranges))
+    return Spans(torch.tensor([q for q, _ in rows]), torch.tensor(indptr), torch.tensor(keys).reshape(-1, 2))
+
+
+def check_spans(seed, dtype, device, q_len, kv_len, head_dim=32):
+    spans = random_spans(random.Random(seed), q_len, kv_len)
+    q, k, v, grad = (torch.randn(1, n, 2, head_dim, device=device).to(dtype) for n in (q_len, kv_len, kv_len, q_len))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    mask = spans.dense_mask(q_len, kv_len)
+    out64, lse64, grads64 = want_of(inputs, grad, mask, head_dim**-0.5)
+    with poisoned_memory():
+        out, lse = chunk_attention(*inputs, spans, return_lse=True)
+        grads = torch.autograd.grad(out, inputs, grad)
+    blind = ~mask.any(1)
+    assert (out[:, blind] == 0).all() and (lse[:, :, blind] == float("-inf")).all()
+    assert (grads[0][:, blind] == 0).all() and (grads[1][:, ~mask.any(0)] == 0).all()
+    assert relative_rms(out, out64) <= tolerance(dtype).rms
+    assert relative_rms(lse[:, :, ~blind], lse64[:, :, ~blind]) <= 1e-6
+    for got, want in zip(grads, grads64, strict=True):
+        assert relative_rms(got, want) <= tolerance(dtype, "backward").rms
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_reference_on_random_spans(seed):
+    check_spans(seed, torch.float32, "cpu", 150 + 31 * seed, 90 + 41 * seed)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("seed", range(4))
+def test_interpreted_random_spans(seed, triton_backend):
+    check_spans(seed, torch.float32, "cpu", 150 + 31 * seed, 90 + 41 * seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(60))
+def test_gpu_random_spans(seed):
+    dtype = (torch.bfloat16, torch.float16, torch.float32)[seed % 3]
+    check_spans(seed, dtype, "cuda", 150 + 131 * seed, 90 + 141 * seed, head_dim=(64, 128)[seed % 2])
+
+
+def check_nan_outside(device, dtype):
+    """Keys that nobody sees, and the rows right behind a tail, may hold anything."""
+    spans = Spans.build([((0, 40), [(3, 50), (90, 91)]), ((41, 77), [(51, 89)])])
+    inputs = [torch.randn(1, 100, 2, 64, device=device).to(dtype) for _ in range(3)]
+    seen = spans.dense_mask(100, 100)
+    inputs[0][:, ~seen.any(1)] = float("nan")
+    for x in inputs[1:]:
+        x[:, ~seen.any(0)] = float("nan")
+    inputs = [x.requires_grad_() for x in inputs]
+    out, lse = chunk_attention(*inputs, spans, return_lse=True)
+    # The gradient of queries outside the ranges may hold anything as well.
+    grad = torch.where(seen.any(1, keepdim=True)[None, :, :, None].to(device), torch.randn_like(out), float("nan"))
+    for x in (out, *torch.autograd.grad(out, inputs, grad)):
+        assert x.isfinite().all()
+    poisoned = inputs[1].detach().clone()
+    poisoned[:, 60] = float("nan")
+    out = chunk_attention(inputs[0].detach(), poisoned, inputs[2].detach(), spans)
+    assert out[:, 41:77].isnan().all() and out[:, :41].isfinite().all(), "a visible NaN shows, and only there"
+
+
+def test_nan_outside():
+    check_nan_outside("cpu", torch.float32)
+
+
+@pytest.mark.interpret
+def test_interpreted_nan_outside(triton_backend):
+    check_nan_outside("cpu", torch.float32)
+
+
+@pytest.mark.gpu
+def test_gpu_nan_outside():
+    check_nan_outside("cuda", torch.bfloat16)
+
+
+def check_batch_bits(device, dtype):
+    layout = LAYOUTS["sink_window"]
+    inputs, grad = make(layout, dtype, 64, 4, 2, batch=3, device=device)
+    out, lse = chunk_attention(*inputs, layout, return_lse=True)
+    grads = torch.autograd.grad(out, inputs, grad)
+    alone = [x.detach()[1:2].contiguous().requires_grad_() for x in inputs]
+    out1, lse1 = chunk_attention(*alone, layout, return_lse=True)
+    grads1 = torch.autograd.grad(out1, alone, grad[1:2])
+    for a, b in zip((out1, lse1, *grads1), (out, lse, *grads), strict=True):
+        assert_bitwise(a, b[1:2])
+
+
+@pytest.mark.interpret
+def test_interpreted_same_bits_in_a_batch(triton_backend):
+    check_batch_bits("cpu", torch.float32)
+
+
+@pytest.mark.gpu
+def test_gpu_same_bits_in_a_batch():
+    check_batch_bits("cuda", torch.bfloat16)
+
+
+def check_strided(device, dtype, same):
+    """Queries, keys and values are often views of one fused projection, or of a head-major tensor."""
+    layout = LAYOUTS["interleaved"]
+    fused = torch.randn(2, layout.length, 3, 2, 64, device=device).to(dtype).unbind(2)
+    head_major = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in fused]
+    last_strided = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in fused]
+    want = chunk_attention(*(x.contiguous() for x in fused), layout)
+    for inputs in (fused, head_major, last_strided):
+        same(chunk_attention(*inputs, layout), want)
+
+
+def test_strided():
+    check_strided("cpu", torch.float32, torch.testing.assert_close)
+
+
+@pytest.mark.interpret
+def test_interpreted_strided(triton_backend):
+    check_strided("cpu", torch.float32, assert_bitwise)
+
+
+@pytest.mark.gpu
+def test_gpu_strided():
+    check_strided("cuda", torch.bfloat16, assert_bitwise)
+
+
+def test_gradcheck():
+    layout = ChunkLayout.repacked((1, 2), 3, sink=1)
+    inputs, _ = make(layout, torch.float64, 32, 2, 1, batch=1)
+    assert torch.autograd.gradcheck(lambda *x: chunk_attention(*x, layout, return_lse=True), inputs)
+
+
+def test_opcheck():
+    layout = LAYOUTS["cut_chunks"]
+    inputs, _ = make(layout, torch.float32, 32, 4, 2)
+    spans = layout.spans
+    arguments = (*inputs, spans.q_ranges, spans.kv_indptr, spans.kv_ranges, 0.3)
+    torch.library.opcheck(torch.ops.raven.chunk_attention.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_compiles_without_graph_breaks(backend):
+    layout = LAYOUTS["interleaved"]
+    inputs, grad = make(layout, torch.float32)
+    compiled = torch.compile(lambda q, k, v: chunk_attention(q, k, v, layout) * 2, fullgraph=True, backend=backend)
+    got = torch.autograd.grad(compiled(*inputs), inputs, grad)
+    want = torch.autograd.grad(chunk_attention(*inputs, layout) * 2, inputs, grad)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(0, 7, 7), (2, 0, 7), (2, 7, 0), (2, 0, 0)], ids=str)
+def test_empty(shape):
+    B, Lq, Lk = shape
+    q, k, v = (torch.randn(B, n, 2, 32, requires_grad=True) for n in (Lq, Lk, Lk))
+    out, lse = chunk_attention(q, k, v, Spans.full(Lq, Lk), return_lse=True)
+    assert out.shape == q.shape and (out == 0).all() or Lk
+    assert Lk or (lse == float("-inf")).all()
+    for x, grad in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
+        assert grad.shape == x.shape and (B and Lq and Lk or (grad == 0).all())
+
+
+def test_bad_arguments():
+    layout = ChunkLayout.repacked((1, 1), 4)
+    q = torch.randn(1, layout.length, 4, 32)
+    cases = [
+        (ValueError, r"q: got shape \(12, 4, 32\)", (q[0], q, q, layout)),
+        (ValueError, r"k: got shape .* expected \[1, Lk, Hkv, 32\]", (q, q[..., :16], q, layout)),
+        (ValueError, r"v: got shape", (q, q, q[:, :-1], layout)),
+        (ValueError, r"k: got 3 heads, expected a divisor of the 4 heads", (q, q[:, :, :3], q[:, :, :3], layout)),
+        (TypeError, r"q: got dtype int32", (q.int(), q.int(), q.int(), layout)),
+        (TypeError, r"k: got dtype float64, expected float32", (q, q.double(), q.double(), layout)),
+        (ValueError, r"k: got device meta, expected cpu", (q, q.to("meta"), q.to("meta"), layout)),
+        (ValueError, r"layout: got 12 tokens, expected 11 like q", (q[:, :11], q, q, layout)),
+        (ValueError, r"layout: got ranges that reach query 12 and key 20", (q, q, q, Spans.full(12, 20))),
+    ]
+    for error, message, arguments in cases:
+        with pytest.raises(error, match=message):
+            chunk_attention(*arguments)
+    for scale in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="scale: got"):
+            chunk_attention(q, q, q, layout, scale=scale)
+    with pytest.raises(TypeError, match="layout: got list"):
+        chunk_attention(q, q, q, [(0, 12)])
+
+
+def test_a_named_backend_is_never_replaced():
+    q = torch.randn(1, 4, 1, 48)
+    raven.set_backend("triton")
+    try:
+        with pytest.raises(raven.BackendUnavailableError, match="head_dim 48 is not one of"):
+            chunk_attention(q, q, q, Spans.full(4, 4))
+    finally:
+        raven.set_backend(None)
+    assert chunk_attention(q, q, q, Spans.full(4, 4)).shape == q.shape
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gpu_as_accurate_as_torch(dtype):
+    """The rule: error against float64 at most twice that of PyTorch's own attention in the same dtype."""
+    q, k, v, grad = (torch.randn(1, 1000, 4, 128, device="cuda").to(dtype) for _ in range(4))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out64, _, grads64 = want_of(inputs, grad, torch.ones(1000, 1000, dtype=torch.bool), 128**-0.5)
+    out = chunk_attention(*inputs, Spans.full(1000, 1000))
+    theirs = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2)
+    assert_as_accurate(out, out64, theirs, tolerance(dtype), "out")
+    pairs = (torch.autograd.grad(x, inputs, grad) for x in (out, theirs))
+    for name, got, base, want in zip("qkv", *pairs, grads64, strict=True):
+        assert_as_accurate(got, want, base, tolerance(dtype, "backward"), f"d{name}")
+
+
+@pytest.mark.gpu
+def test_gpu_repeats_bit_for_bit():
+    layout = ChunkLayout.repacked((3,) * 4, 200)
+    inputs, grad = make(layout, torch.bfloat16, 128, 4, 4, device="cuda")
+    first = None
+    for _ in range(100):
+        out, lse = chunk_attention(*inputs, layout, return_lse=True)
+        results = (out, lse, *torch.autograd.grad(out, inputs, grad))
+        first = first or results
+        assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True))
+
+
+@pytest.mark.gpu
+def test_gpu_graph_capture():
+    layout = ChunkLayout.repacked((3,) * 3, 100)
+    inputs, _ = make(layout, torch.bfloat16, 128, 2, 2, device="cuda")
+    q, k, v = (x.detach() for x in inputs)
+    chunk_attention(q, k, v, layout)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chunk_attention(q, k, v, layout)
+    for x in (q, k, v):
+        x.normal_()
+    graph.replay()
+    assert_bitwise(out, chunk_attention(q, k, v, layout))
+
+
+@pytest.mark.gpu
+def test_gpu_more_than_two_billion_elements():
+    L, H, D = 1_450_000, 12, 128
+    assert L * H * D > 2**31
+    q, k, v = (torch.randn(1, L, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    spans = Spans.build([((0, 100), [(L - 300, L)]), ((L - 200, L), [(0, 130), (L - 77, L)])])
+    out = chunk_attention(q, k, v, spans)
+    rows = torch.cat([torch.arange(100), torch.arange(L - 200, L)]).cuda()
+    keys = torch.cat([torch.arange(130), torch.arange(L - 300, L)]).cuda()
+    mask = torch.zeros(300, 430, dtype=torch.bool)
+    mask[:100, 130:] = True
+    mask[100:, :130] = True
+    mask[100:, -77:] = True
+    want, _ = dense_attention(q[:, rows].double(), k[:, keys].double(), v[:, keys].double(), mask.cuda(), D**-0.5)
+    assert relative_rms(out[:, rows], want) <= tolerance(torch.bfloat16).rms
+
+
+@pytest.mark.gpu
+def test_gpu_memory_is_outputs_and_statistics():
+    layout = ChunkLayout.repacked((3,) * 4, 500)
+    inputs, grad = make(layout, torch.bfloat16, 128, 12, 12, batch=1, device="cuda")
+    one = inputs[0].numel() * 2
+    statistics = 4 * inputs[0].shape[1] * 12
+    chunk_attention(*inputs, layout)
+    extra = peak_extra_bytes(lambda: torch.autograd.grad(chunk_attention(*inputs, layout), inputs, grad))
+    assert extra <= 4 * one + 3 * statistics + 2**20, "out, dq, dk, dv and two rows of float32 statistics"
