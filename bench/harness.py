@@ -20,13 +20,13 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import raven
+from raven.backends import triton_version
 from raven.bench import format_table, write_results
 from raven.testing import copy_rate, matmul_rate, time_ms
 
@@ -141,14 +141,16 @@ class Recorder:
 
 def describe_machine(device: str = DEVICE) -> dict[str, Any]:
     """``gpu`` (name or ``None``), ``cpu``, ``date`` and ``versions``."""
-    names = ("torch", "triton", "numpy")
-    installed = {d.metadata["Name"].lower() for d in metadata.distributions() if d.metadata["Name"]}
-    versions = {name: metadata.version(name) for name in names if name in installed}
     return {
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"raven": raven.__version__, "python": platform.python_version(), "cuda": torch.version.cuda}
-        | versions
-        | {"cudnn": torch.backends.cudnn.version()},
+        "versions": {
+            "raven": raven.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "triton": triton_version(),
+        },
     }
