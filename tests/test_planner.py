@@ -183,12 +183,12 @@ def test_balance_bound(costs, workers):
 def test_many_segments_plan_fast(path):
     spans = windowed_spans(chunks=1024, tokens=4680)
     planner.plan(*spans, 128, 128)
-    start = time.perf_counter()
+    start = time.process_time()
     plan = planner.plan(*spans, 128, 128)
     planner.plan(*planner.transpose(*spans), 128, 128)
-    elapsed = time.perf_counter() - start
+    elapsed = time.process_time() - start
     assert len(plan.q_tiles) == 2048 * 37
-    # About 15 ms in C++ and 120 ms in Python on one slow core; the limits leave room for a busy machine.
+    # About 50 ms in C++ and 150 ms in Python on one slow core, for 2,048 ranges and 75,776 tiles.
     assert elapsed < (0.3 if path == "c++" else 2.0)
 
 
