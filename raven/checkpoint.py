@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from raven.models.config import WanConfig
@@ -211,6 +211,15 @@ def load_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     return dict(loaded)
 
 
+def load_metadata(path: str | PathLike[str]) -> dict[str, str]:
+    """The text in a safetensors file's header; ``ValueError`` that names the file when it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"path: {path} cannot be read as a checkpoint of weights ({error})") from error
+
+
 def _is_zip(path: Path) -> bool:
     """Torch files since 1.6 are zip archives, which can be mapped instead of read."""
     with path.open("rb") as file:
@@ -255,16 +264,8 @@ def _checkpoint_in(folder: Path) -> Path:
 
 def _config_of(path: Path) -> WanConfig | None:
     """The config stored in a safetensors file, or in a ``config.json`` of Wan's form beside the checkpoint."""
-    if path.suffix == ".safetensors" and path.is_file():
-        from safetensors import safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-        except SafetensorError as error:
-            raise ValueError(f"path: {path} cannot be read as a checkpoint of weights ({error})") from error
-        if "config" in metadata:
-            return WanConfig.from_dict(json.loads(metadata["config"]))
+    if path.suffix == ".safetensors" and path.is_file() and "config" in (metadata := load_metadata(path)):
+        return WanConfig.from_dict(json.loads(metadata["config"]))
     beside = path.with_name("config.json")
     if beside.is_file() and "dim" in json.loads(beside.read_text(encoding="utf-8")):
         return WanConfig.from_json(beside)

@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import save_file
 from tiny_wan import CONFIG, tiny_inputs, tiny_model
 
-from raven.checkpoint import infer_config, load_checkpoint, load_model, normalize_state_dict, save_checkpoint
+from raven.checkpoint import (
+    infer_config,
+    load_checkpoint,
+    load_metadata,
+    load_model,
+    normalize_state_dict,
+    save_checkpoint,
+)
 from raven.repack import bidirectional_forward
 
 DIFFUSERS = {
@@ -129,7 +136,8 @@ def test_config_from_shapes(changes):
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_save_and_load(tmp_path, model, dtype):
     path = tmp_path / "model.safetensors"
-    save_checkpoint(path, model, dtype)
+    save_checkpoint(path, model, dtype, {"levels": "[1.0, 0.625]"})
+    assert load_metadata(path)["levels"] == "[1.0, 0.625]"
     loaded = load_model(path, dtype=torch.float32)
     assert loaded.config == CONFIG and loaded.dtype == torch.float32
     assert all(w.requires_grad for w in loaded.parameters())

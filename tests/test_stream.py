@@ -73,8 +73,10 @@ def test_rollout_states_follow_the_consistency_step():
 def test_same_seed_same_video_and_per_sample_generators():
     model = tiny_model()
     _, _, _, context = tiny_inputs(1, batch=3)
-    same = [torch.cat(list(Stream(model, context, SHAPE, 1, window=0).generate(3, generator=generator(5))), 2)
-            for _ in range(2)]
+    same = [
+        torch.cat(list(Stream(model, context, SHAPE, 1, window=0).generate(3, generator=generator(5))), 2)
+        for _ in range(2)
+    ]
     assert torch.equal(*same)
     seeds = [generator(i) for i in range(3)]
     together = torch.cat(list(Stream(model, context, SHAPE, 1, window=0).generate(3, generator=seeds)), 2)
