@@ -153,7 +153,11 @@ class CausalWan(nn.Module):
                 raise ValueError(f"context[{i}]: got {row.shape[0]} rows, {limit}")
         if not rows:
             raise ValueError("context: got no prompt, expected at least one")
-        padded = torch.stack([F.pad(row, (0, 0, 0, config.text_len - row.shape[0])) for row in rows])
+        short = [config.text_len - row.shape[0] for row in rows]
+        if isinstance(context, torch.Tensor):  # one kernel instead of one a prompt
+            padded = F.pad(context, (0, 0, 0, short[0]))
+        else:
+            padded = torch.stack([F.pad(row, (0, 0, 0, n)) for row, n in zip(rows, short, strict=True)])
         embedded = self.text_embedding(padded.to(device=self.device, dtype=self.dtype))
         pairs = [block.cross_attn.text(embedded) for block in self.blocks]
         return TextCache(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
