@@ -42,8 +42,8 @@ def qk_norm_rope(
         per_head: take the mean over D for each head on its own.
 
     Returns:
-        New packed tensors like q and k. The same token gives the same bits alone and in a batch; the weights' gradients
-        are summed in float32 in a fixed order.
+        New packed tensors like q and k. On Triton a token gives the same bits alone and in a batch, and the weights'
+        gradients, summed in float32 in a fixed order, are the same from run to run.
 
     Raises:
         ValueError: shapes, devices, eps or theta out of range.
