@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args, rest) or 0
     except KeyboardInterrupt as stop:
-        print(f"\n{stop or 'Interrupted.'}", file=sys.stderr)
+        print(f"\n{str(stop) or 'Interrupted.'}", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, TypeError, OSError, BackendUnavailableError, ModuleNotFoundError) as error:
         if getattr(args, "traceback", False) or os.environ.get("RAVEN_TRACEBACK") == "1" or _is_a_bug(error):
@@ -111,6 +111,14 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     demo.add_argument("--from-scratch", action="store_true", help="train the teacher and the causal start too")
     demo.add_argument("--stages", help="comma-separated stages to run (default: all that are not done)")
+    demo.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="changes",
+        metavar="STAGE.SETTING=VALUE",
+        help="change one setting of a stage, such as raven.steps=200 (repeatable)",
+    )
     demo.add_argument("--restart", action="store_true", help="forget what an earlier run left in the output folder")
     demo.add_argument("--export-assets", metavar="DIR", help="write teacher and start in fp16 into DIR (to ship them)")
     demo.set_defaults(run=_demo)
@@ -126,8 +134,9 @@ def _demo(args: argparse.Namespace, rest: list[str]) -> int:
         device=args.device,
         from_scratch=args.from_scratch,
         restart=args.restart,
+        changes=args.changes,
     )
-    demo.run(args.stages.split(",") if args.stages else None)
+    demo.run(None if args.stages is None else args.stages.split(","))
     if args.export_assets:
         demo.export_assets(args.export_assets, command=["raven", *sys.argv[1:]])
     return 0
@@ -159,9 +168,11 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
 
 
 def _generate(args: argparse.Namespace, rest: list[str]) -> int:
+    from dataclasses import fields
+
     from raven import generate
 
-    options = {k: v for k, v in vars(args).items() if k not in ("command", "run", "traceback", "passes_on")}
+    options = {field.name: getattr(args, field.name) for field in fields(generate.Request)}
     generate.generate(generate.Request(**options))
     return 0
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from raven.checkpoint import load_model
+from raven.checkpoint import load_checkpoint, load_model
+from raven.demo import media
 from raven.models.config import WanConfig
 from raven.schedule import sampling_levels
 from raven.stream import Stream
@@ -89,9 +90,7 @@ def check_writable(path: Path) -> None:
 
 
 def read_context(path: str | Path) -> list[torch.Tensor]:
-    """Text embeddings from a safetensors file: tensors ``[n, text_dim]``, or one ``[B, n, text_dim]``, by name order."""
-    from raven.checkpoint import load_checkpoint
-
+    """Text embeddings from a safetensors file: tensors ``[n, text_dim]``, or one ``[B, n, text_dim]``."""
     tensors = load_checkpoint(path)
     context: list[torch.Tensor] = []
     for name in sorted(tensors):
@@ -150,9 +149,9 @@ def generate(request: Request) -> list[Path]:
     out = Path(request.out)
     world = None
     if "world" in trained:
-        from raven.worlds import make_world
+        from raven.worlds import Shapes
 
-        world = make_world(trained["world"])
+        world = Shapes(**trained["world"])
     suffixes = (".mp4", ".safetensors") if world is not None else (".safetensors",)
     if out.suffix not in suffixes:
         why = "" if world is not None else " (there is no decoder for this checkpoint's latents)"
@@ -162,6 +161,8 @@ def generate(request: Request) -> list[Path]:
     if kind not in DTYPES:
         raise ValueError(f"dtype: got {kind!r}, expected one of {', '.join(DTYPES)}")
     context = _contexts(request, world, device)
+    if out.suffix == ".mp4":
+        media.need("imageio_ffmpeg", "writing mp4")
     check_writable(out)
 
     config = WanConfig.from_json(request.config) if request.config else None
@@ -216,13 +217,13 @@ def _write_latents(path: Path, chunks: Any, chunk: int, frames: int) -> list[Pat
 def _write_videos(paths: list[Path], chunks: Any, chunk: int, frames: int, fps: float) -> list[Path]:
     from contextlib import ExitStack
 
-    from raven.demo.media import VideoWriter, enlarge, to_frames
+    from raven.worlds.pictures import to_uint8
 
     line = _LiveLine(chunk, frames)
     with ExitStack() as stack:
-        writers = [stack.enter_context(VideoWriter(path, fps, key_every=chunk)) for path in paths]
+        writers = [stack.enter_context(media.VideoWriter(path, fps, key_every=chunk)) for path in paths]
         for x in chunks:
             for writer, video in zip(writers, x, strict=True):
-                writer.add(enlarge(to_frames(video)))
+                writer.add(media.enlarge(to_uint8(video).numpy()))
             line.add(x.shape[2])
     return paths

@@ -7,7 +7,6 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-import torch
 
 from raven.demo import charts, media, numbers, report
 
@@ -90,15 +89,6 @@ def test_chart_leaves_out_points_that_are_not_finite():
     assert svg.count("<polyline") == 2 and "nan" not in svg and "a &amp; b" in svg
     empty = charts.chart([charts.Line("a", "raven", [], [])], "t", "x", "y")
     assert "<svg" not in empty and "no values" in empty
-
-
-def test_frames_are_clipped_and_shaped():
-    video = torch.tensor([-2.0, -1.0, 0.0, 1.0, 5.0, float("nan")]).reshape(1, 1, 1, 6).expand(3, 2, 4, 6)
-    frames = media.to_frames(video)
-    assert frames.shape == (2, 4, 6, 3) and frames.dtype == np.uint8
-    assert frames[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255, 128]
-    with pytest.raises(ValueError, match=r"video: got shape \(3, 4, 6\), expected \[3, F, H, W\]"):
-        media.to_frames(video[:, 0])
 
 
 @pytest.mark.parametrize("size", [(31, 33), (32, 32), (7, 300), (300, 7)])

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from raven.demo.media import need, to_frames
-from raven.demo.numbers import METRICS, Record
+from raven.demo.media import need
+from raven.demo.numbers import LABELS, METRICS, Record
 from raven.demo.report import write_json
 from raven.stream import Stream, sample_bidirectional
+from raven.worlds import Shapes
+from raven.worlds.pictures import to_uint8
 
 # (prompts, their indices, seed, frames) -> videos [B, 3, F, H, W]
 Sampler = Callable[[Sequence[str], Sequence[int], int, int], torch.Tensor]
@@ -82,7 +84,13 @@ def bidirectional_sampler(
 
 
 def score_records(
-    world, video: torch.Tensor, model: str, prompts: Sequence[str], indices: Sequence[int], seed: int, chunk: int
+    world: Shapes,
+    video: torch.Tensor,
+    model: str,
+    prompts: Sequence[str],
+    indices: Sequence[int],
+    seed: int,
+    chunk: int,
 ) -> Iterator[Record]:
     """One record for each video ``[B, 3, F, H, W]``, as ``raven.demo.numbers`` takes them."""
     scores = world.score(video, list(prompts), chunk)
@@ -99,7 +107,14 @@ def score_records(
 
 
 def evaluate(
-    name: str, sampler: Sampler, world, prompts: Sequence[str], plan: Plan, chunk_frames: int, folder: Path, desc: str
+    name: str,
+    sampler: Sampler,
+    world: Shapes,
+    prompts: Sequence[str],
+    plan: Plan,
+    chunk_frames: int,
+    folder: Path,
+    progress: bool = True,
 ) -> list[Record]:
     """Sample and score one model, one batch of prompts per seed; returns the records and keeps them in ``folder``.
 
@@ -115,13 +130,14 @@ def evaluate(
     indices = list(range(plan.prompts))
     chosen = list(prompts[: plan.prompts])
     tqdm = need("tqdm", "the demo").tqdm
-    for seed in tqdm(plan.seeds, desc=desc, unit="seed"):
+    desc = f"{LABELS[name]}, {plan.frames} frames"
+    for seed in tqdm(plan.seeds, desc=desc, unit="seed", disable=not progress):
         video = sampler(chosen, indices, seed, plan.frames).cpu()
         for length in plan.lengths:
             part = video[:, :, :length]
             records += score_records(world, part, name, chosen, indices, seed, chunk_frames)
             if seed == plan.seeds[0]:
-                shown |= {f"{length}/{i}": to_frames(part[i]) for i in indices[: plan.shown]}
+                shown |= {f"{length}/{i}": to_uint8(part[i]).numpy() for i in indices[: plan.shown]}
     np.savez_compressed(folder / f"{name}-{plan.frames}.npz", **shown)
     write_json(path, records)
     return records

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import torch
 
 INSTALL_HINT = "pip install raven-kernels[demo]"
 OPTIONAL_PACKAGES = ("PIL", "imageio_ffmpeg", "matplotlib", "tqdm")
@@ -21,17 +20,6 @@ def need(package: str, purpose: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError as error:
         raise ModuleNotFoundError(f"{purpose} needs {package}: {INSTALL_HINT}", name=package) from error
-
-
-def to_frames(video: torch.Tensor) -> np.ndarray:
-    """Turn one video ``[3, F, H, W]`` with values in [-1, 1] into frames ``[F, H, W, 3]`` uint8.
-
-    Raises ``ValueError`` for another shape. Values outside [-1, 1] are clipped, not-a-number becomes mid grey.
-    """
-    if video.ndim != 4 or video.shape[0] != 3:
-        raise ValueError(f"video: got shape {tuple(video.shape)}, expected [3, F, H, W]")
-    values = torch.nan_to_num(video.detach().float().cpu(), nan=0.0).clamp(-1, 1)
-    return ((values + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous().numpy()
 
 
 def enlarge(frames: np.ndarray, at_least: int = 192) -> np.ndarray:

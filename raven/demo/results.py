@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from raven.demo.stages import Demo
 
 PROMPT_SEED = 990_000  # prompts of the evaluation; training draws its own from other seeds
+FPS = 8
 PICTURE_TOKENS = 16  # tokens of one frame in the mask pictures: enough to see the structure
 
 
@@ -62,8 +64,7 @@ def evaluate_all(demo: Demo) -> str:
                 sampler = stream_sampler(
                     model, encode, demo.size.raven.latent_shape, chunk, levels, 0, demo.size.window
                 )
-            desc = f"{LABELS[name]}, {plan.frames} frames"
-            evaluate(name, sampler, demo.world, prompts, plan, chunk, folder, desc)
+            evaluate(name, sampler, demo.world, prompts, plan, chunk, folder, demo.progress)
             videos += plan.prompts * len(plan.seeds)
     return f"{videos} videos, {amount.prompts} prompts, {amount.seeds} seeds"
 
@@ -72,7 +73,7 @@ def write_report(demo: Demo) -> str:
     """Write videos, ``metrics.json`` and ``report.html``; returns what was done."""
     metrics = build_metrics(demo)
     videos = kept_videos(demo.folder / "eval")
-    fps = getattr(demo.world, "fps", 8)
+    fps = FPS
     target = demo.folder / "videos"
     target.mkdir(exist_ok=True)
     previews = {key: media.animated_webp(frames, fps) for key, frames in videos.items()}
@@ -87,7 +88,17 @@ def write_report(demo: Demo) -> str:
         path = media.write_mp4(target / f"all-{length}.mp4", sheet, fps)
         grids[length] = path.read_bytes()
     report.write(demo.folder, metrics, report.Pictures(previews, grids, mask_pictures(demo)))
+    demo.say(plain_table(metrics["rows"]))
     return f"{len(videos)} videos"
+
+
+def plain_table(rows: list[dict]) -> str:
+    """The table of the report for a terminal."""
+    lines = [f"{'frames':>6}  {'model':<16}" + "".join(f"{metric:>17}" for metric in METRICS) + f"{'videos':>8}"]
+    for row in rows:
+        cells = "".join(f"{row[m]['mean']:>9.3f} ± {row[m]['spread']:.3f}" for m in METRICS)
+        lines.append(f"{row['length']:>6}  {LABELS[row['model']]:<16}{cells}{row['videos']:>8}")
+    return "\n".join(lines)
 
 
 def _video(videos: dict, model: str, length: int, index: int):
@@ -100,8 +111,6 @@ def _video(videos: dict, model: str, length: int, index: int):
 
 def build_metrics(demo: Demo) -> dict:
     """Everything that ``metrics.json`` holds and the report shows."""
-    import json
-
     from raven.demo.stages import MODELS, TITLES, environment
 
     records = []
@@ -165,12 +174,13 @@ def build_metrics(demo: Demo) -> dict:
 def table_notes(demo: Demo) -> list[str]:
     """What a reader of the table has to know."""
     amount, size = demo.size.evaluation, demo.size
+    few, many = size.frames, size.long_frames
     return [
-        f"The causal models stream {size.long_frames} frames chunk by chunk, seeing the last {size.window} chunks; their "
-        f"videos of {size.frames} frames are the beginnings of these, since a later chunk never changes an earlier one.",
-        f"The teacher samples the whole video at once with guidance {amount.guidance:g}: {amount.teacher_steps} steps at "
-        f"{size.frames} frames; at {size.long_frames} frames, a length it never saw in training, "
-        f"{amount.teacher_long_steps} steps and {amount.teacher_long_prompts * amount.seeds} videos.",
+        f"The causal models stream {many} frames chunk by chunk, seeing the last {size.window} chunks; their videos of "
+        f"{few} frames are the beginnings of these, since a later chunk never changes an earlier one.",
+        f"The teacher samples the whole video at once with guidance {amount.guidance:g}, {amount.teacher_steps} steps "
+        f"at {few} frames; at {many} frames, a length it never saw in training, {amount.teacher_long_steps} steps and "
+        f"{amount.teacher_long_prompts * amount.seeds} videos.",
     ]
 
 

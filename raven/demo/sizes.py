@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -9,6 +11,7 @@ from raven.models.config import WanConfig
 from raven.train.config import Config, DistillConfig, PolicyConfig, PretrainConfig
 
 CHUNK = 3
+_STAGES = ("teacher", "start", "raven", "grpo")
 LONGER = 3  # the long videos have this many times the frames of the training videos
 
 
@@ -89,13 +92,21 @@ SIZES = {
             name="tiny",
             about="32 x 32 pixels, 12 frames; 2 CPU cores, at most 5 minutes",
             world={"size": 32, "max_shapes": 2},
-            model={"dim": 128, "ffn_dim": 256, "num_heads": 4, "num_layers": 4, "freq_dim": 128, "patch_size": (1, 4, 4)},
-            teacher=PretrainConfig(steps=16000, batch=64, lr=1.5e-3, ema=0.999, **_TINY),
-            start=PretrainConfig(steps=10000, batch=64, lr=1.5e-3, ema=0.999, **_TINY),
+            model={
+                "dim": 128,
+                "ffn_dim": 256,
+                "num_heads": 4,
+                "num_layers": 4,
+                "freq_dim": 128,
+                "patch_size": (1, 4, 4),
+            },
+            teacher=PretrainConfig(steps=16000, batch=64, lr=1.5e-3, pool=32768, **_TINY),
+            start=PretrainConfig(steps=10000, batch=64, lr=1.5e-3, pool=32768, **_TINY),
             raven=DistillConfig(
-                steps=72,
+                steps=96,
                 batch=4,
                 accumulation=1,
+                rollout_every=2,
                 student_lr=1e-4,
                 critic_lr=1e-4,
                 ema=0.9,
@@ -114,20 +125,29 @@ SIZES = {
             name="small",
             about="48 x 48 pixels, 12 frames; one GPU, everything from scratch in at most 10 minutes on an H200",
             world={"size": 48, "max_shapes": 2},
-            model={"dim": 256, "ffn_dim": 1024, "num_heads": 4, "num_layers": 8, "freq_dim": 256, "patch_size": (1, 4, 4)},
-            teacher=PretrainConfig(steps=6000, batch=64, lr=8e-4, ema=0.999, **_SMALL),
-            start=PretrainConfig(steps=3500, batch=48, lr=8e-4, ema=0.999, **_SMALL),
+            model={
+                "dim": 256,
+                "ffn_dim": 1024,
+                "num_heads": 4,
+                "num_layers": 8,
+                "freq_dim": 256,
+                "patch_size": (1, 4, 4),
+            },
+            teacher=PretrainConfig(steps=4000, batch=64, lr=8e-4, pool=32768, **_SMALL),
+            start=PretrainConfig(steps=2500, batch=48, lr=8e-4, pool=32768, **_SMALL),
             raven=DistillConfig(
-                steps=600,
+                steps=500,
                 batch=32,
                 accumulation=1,
+                rollout_every=2,
+                cuda_graph=True,
                 student_lr=5e-5,
                 critic_lr=5e-5,
                 ema=0.97,
                 guidance=3.0,
                 **_SMALL,
             ),
-            grpo=PolicyConfig(steps=120, group=16, prompts=8, lr=1e-5, ema=0.9, grad_clip=1.0, **_SMALL),
+            grpo=PolicyConfig(steps=80, group=16, prompts=8, micro_batch=32, lr=1e-5, ema=0.9, grad_clip=1.0, **_SMALL),
             evaluation=Evaluation(
                 prompts=32, seeds=4, shown=4, teacher_steps=32, teacher_long_prompts=16, teacher_long_steps=32
             ),
@@ -141,7 +161,9 @@ SIZES = {
             model={"dim": 32, "ffn_dim": 32, "num_heads": 1, "num_layers": 1, "freq_dim": 32, "patch_size": (1, 8, 8)},
             teacher=PretrainConfig(steps=2, batch=2, warmup=1, **_TEST),
             start=PretrainConfig(steps=2, batch=2, warmup=1, **_TEST),
-            raven=DistillConfig(steps=4, batch=2, accumulation=1, student_lr=1e-4, critic_lr=1e-4, **_TEST),
+            raven=DistillConfig(
+                steps=4, batch=2, accumulation=1, rollout_every=2, student_lr=1e-4, critic_lr=1e-4, **_TEST
+            ),
             grpo=PolicyConfig(steps=2, group=2, prompts=1, lr=1e-4, **_TEST),
             evaluation=Evaluation(
                 prompts=2, seeds=3, shown=1, teacher_steps=1, teacher_long_prompts=1, teacher_long_steps=1
@@ -154,12 +176,43 @@ SIZES = {
 }
 
 
-def find(name: str, seed: int = 0) -> Size:
-    """The size of that name with its seed in every stage; ``ValueError`` for an unknown name."""
+def find(name: str, seed: int = 0, changes: Sequence[str] = ()) -> Size:
+    """The size of that name with its seed in every stage, and ``changes`` such as ``raven.steps=50``.
+
+    Raises ``ValueError`` for an unknown size, stage or setting, and for values that the setting does not take.
+    """
     if name not in SIZES:
         known = ", ".join(s.name for s in SIZES.values() if not s.hidden)
         raise ValueError(f"size: got {name!r}, expected one of {known}")
     size = SIZES[name]
     # Each stage has its own stream of random numbers.
-    seeded = {n: replace(getattr(size, n), seed=10 * seed + i) for i, n in enumerate(("teacher", "start", "raven", "grpo"))}
-    return replace(size, **seeded)
+    seeds = {stage: replace(getattr(size, stage), seed=10 * seed + i) for i, stage in enumerate(_STAGES)}
+    size = replace(size, **seeds)
+    for change in changes:
+        size = _changed(size, change)
+    if size.frames % CHUNK or any(frames != CHUNK for frames in size.raven.chunk_frames):
+        raise ValueError(f"raven.chunk_frames: got {size.raven.chunk_frames}, expected chunks of {CHUNK} frames")
+    return size
+
+
+def _changed(size: Size, change: str) -> Size:
+    target, equals, text = change.partition("=")
+    stage, dot, setting = target.partition(".")
+    parts = (*_STAGES, "evaluation")
+    if not equals or not dot or stage not in parts:
+        raise ValueError(f"set: got {change!r}, expected STAGE.SETTING=VALUE with a stage of {', '.join(parts)}")
+    config = getattr(size, stage)
+    known = {f.name: getattr(config, f.name) for f in fields(config)}
+    if setting not in known:
+        raise ValueError(f"set: got {setting!r}, expected a setting of {stage}: {', '.join(known)}")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    kind = type(known[setting])
+    fits = (
+        known[setting] is None or isinstance(value, kind) or (kind in (float, tuple) and isinstance(value, int | list))
+    )
+    if not fits:
+        raise ValueError(f"set: got {text!r} for {target}, expected a {kind.__name__} such as {known[setting]!r}")
+    return replace(size, **{stage: replace(config, **{setting: value})})

@@ -21,7 +21,7 @@ from raven.demo import results, sizes, training
 from raven.demo.media import need
 from raven.demo.report import write_json
 from raven.generate import pick_device
-from raven.worlds import make_world
+from raven.worlds import Shapes
 
 TITLES = {
     "teacher": "Teacher",
@@ -53,7 +53,7 @@ class Demo:
     seed: int
     device: torch.device
     from_scratch: bool
-    world: Any
+    world: Shapes
     state: dict[str, Any]
     progress: bool = True
 
@@ -66,6 +66,7 @@ class Demo:
         device: str | None = None,
         from_scratch: bool = False,
         restart: bool = False,
+        changes: Sequence[str] = (),
         progress: bool = True,
     ) -> Demo:
         """Prepare a new folder, or go on with one of the same size and seed.
@@ -73,7 +74,7 @@ class Demo:
         Raises ``ValueError`` for an unknown size or device, or when the folder belongs to another run; ``OSError``
         when it cannot be written or its disk is nearly full.
         """
-        chosen = sizes.find(size, seed)
+        chosen = sizes.find(size, seed, changes)
         folder = Path(out) if out is not None else Path("runs") / f"demo-{size}"
         where = pick_device(device)
         from_scratch = from_scratch or not chosen.shipped
@@ -98,7 +99,7 @@ class Demo:
         else:
             _clear(folder)
             write_json(path, state)
-        return cls(folder, chosen, seed, where, from_scratch, make_world(chosen.world), state, progress)
+        return cls(folder, chosen, seed, where, from_scratch, Shapes(**chosen.world), state, progress)
 
     def run(self, stages: Sequence[str] | None = None) -> None:
         """Run ``stages`` (default: all), skipping those that are done. The report is always written anew.
@@ -112,12 +113,12 @@ class Demo:
                 continue
             label = f"[{number}/{len(TITLES)}] {TITLES[name]}"
             if name in self.state["stages"] and name != "report":
-                self._say(f"{label}: done before, skipped")
+                self.say(f"{label}: done before, skipped")
                 continue
             missing = [need for need in NEEDS[name] if need not in self.state["stages"]]
             if missing:
                 raise ValueError(f"stages: {name!r} needs {' and '.join(missing)}, not done in {self.folder}")
-            self._say(label)
+            self.say(label)
             self._run_one(name, number)
         if "report" in wanted:
             self._say_results()
@@ -180,7 +181,11 @@ class Demo:
         }
 
     def _take_asset(self, name: str) -> str:
-        self.save(name, load_model(ASSETS / f"{name}.safetensors", dtype=torch.float32))
+        path = ASSETS / f"{name}.safetensors"
+        model = load_model(path, dtype=torch.float32)
+        if model.config != (expected := self.size.wan_config(self.world.text_dim, self.world.text_len)):
+            raise ValueError(f"{path.name}: got a model of {model.config}, expected {expected}; use --from-scratch")
+        self.save(name, model)
         return "shipped with the package"
 
     def export_assets(self, folder: str | os.PathLike[str], command: Sequence[str]) -> None:
@@ -192,9 +197,7 @@ class Demo:
             if name not in self.state["stages"]:
                 raise ValueError(f"stages: {name!r} is not done in {self.folder}, nothing to export")
             path = target / f"{name}.safetensors"
-            save_checkpoint(
-                path, self.load(name), torch.float16, metadata={"raven": json.dumps(self.description())}
-            )
+            save_checkpoint(path, self.load(name), torch.float16, metadata={"raven": json.dumps(self.description())})
             made[name] = {"bytes": path.stat().st_size, "parameters": "float16", **self.state["stages"][name]}
         write_json(
             target / "assets.json",
@@ -208,14 +211,15 @@ class Demo:
             },
         )
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Tell the user, unless the run is silent."""
         if self.progress:
             print(text, file=sys.stderr, flush=True)
 
     def _say_results(self) -> None:
         model = self.model_path("grpo")
         prompt = self.world.prompts(1, seed=0)[0]
-        self._say(
+        self.say(
             f"\nReport: {self.folder / 'report.html'}\nStream more: "
             f'raven generate --checkpoint {model} --frames {self.size.long_frames} --prompt "{prompt}" -o out.mp4'
         )

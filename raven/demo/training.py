@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from raven.demo import sizes
 from raven.models import CausalWan
 from raven.rewards import ShapesReward
 from raven.train.distill import RavenTrainer
@@ -69,8 +70,9 @@ def raven(demo: Demo) -> str:
 def grpo(demo: Demo) -> str:
     """Improve the student with the rewards of the world."""
     student = demo.load("raven").requires_grad_(True)
-    reward = ShapesReward(demo.world, demo.size.rewards)
-    trainer = CMGRPOTrainer(student, reward, WorldPrompts(demo.world, demo.device), demo.size.grpo)
+    reward = ShapesReward(demo.world, sizes.CHUNK)
+    prompts = WorldPrompts(demo.world, demo.device)
+    trainer = CMGRPOTrainer(student, reward, prompts, demo.size.grpo, weights=demo.size.rewards)
     return _train(demo, "grpo", trainer, "student")
 
 
