@@ -74,7 +74,7 @@ class Case:
 def as_models_write_it(q, k, q_weight, k_weight, positions):
     """Norm in float32 and cast back; rotary by complex float64 numbers."""
     dim = q.shape[-1]
-    axis = torch.repeat_interleave(torch.tensor(reference.axis_pairs(dim), device=q.device), output_size=dim // 2)
+    axis = [axis for axis, pairs in enumerate(reference.axis_pairs(dim)) for _ in range(pairs)]
     frequency = torch.tensor(reference.frequencies(dim, 10000.0), dtype=torch.float64, device=q.device)
 
     def one(x, weight):

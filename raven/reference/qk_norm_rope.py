@@ -35,10 +35,10 @@ def cos_sin(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) 
     The angle is formed in float64 and brought into one turn before it is rounded, so that it is exact to ``dtype``
     at any position.
     """
-    pairs = torch.tensor(axis_pairs(head_dim), device=positions.device)
-    axis = torch.repeat_interleave(pairs, output_size=head_dim // 2)
     frequency = torch.tensor(frequencies(head_dim, theta), dtype=torch.float64, device=positions.device)
-    angle = torch.remainder(positions[..., axis].double() * frequency, 2 * math.pi).to(dtype).unsqueeze(-2)
+    parts = enumerate(frequency.split(axis_pairs(head_dim)))
+    angle = torch.cat([positions[..., axis, None].double() * part for axis, part in parts], dim=-1)
+    angle = torch.remainder(angle, 2 * math.pi).to(dtype).unsqueeze(-2)
     return angle.cos(), angle.sin()
 
 
