@@ -100,8 +100,8 @@ SIZES = {
                 "freq_dim": 128,
                 "patch_size": (1, 4, 4),
             },
-            teacher=PretrainConfig(steps=16000, batch=64, lr=1.5e-3, pool=32768, **_TINY),
-            start=PretrainConfig(steps=10000, batch=64, lr=1.5e-3, pool=32768, **_TINY),
+            teacher=PretrainConfig(steps=14000, batch=64, lr=2e-3, shift=3.0, pool=32768, **_TINY),
+            start=PretrainConfig(steps=9000, batch=64, lr=2e-3, pool=32768, **_TINY),
             raven=DistillConfig(
                 steps=96,
                 batch=4,
