@@ -34,7 +34,7 @@ SIZES = {"chunk_frames": CHUNKS, "latent_shape": SHAPE}
 MODEL = WanConfig(
     dim=32,
     ffn_dim=32,
-    num_heads=2,
+    num_heads=1,
     num_layers=1,
     in_dim=2,
     out_dim=2,
@@ -65,7 +65,8 @@ class World:
     def sample(self, count, frames, seed, device="cpu"):
         prompts = self.prompts(count, seed)
         value = torch.tensor([0.8 if prompt == "high" else -0.8 for prompt in prompts])
-        return SimpleNamespace(video=value.reshape(-1, 1, 1, 1, 1).expand(count, 2, frames, 8, 8), prompts=prompts)
+        video = value.to(device).reshape(-1, 1, 1, 1, 1).expand(count, 2, frames, 8, 8)
+        return SimpleNamespace(video=video, prompts=prompts)
 
 
 PROMPTS = WorldPrompts(World())
@@ -150,6 +151,15 @@ def test_second_ctrl_c_does_not_wait(tmp_path):
     assert not isinstance(stop.value, Interrupted)
     assert not (tmp_path / "checkpoint.pt").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_progress_goes_to_stderr_with_and_without_tqdm(tmp_path, monkeypatch, capsys):
+    run(make("teacher"), 2, tmp_path / "bar", desc="teacher")
+    assert "teacher: 100%" in (shown := capsys.readouterr().err) and "loss" in shown
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    run(make("teacher"), 2, tmp_path / "lines", desc="teacher")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" loss")[0] for line in lines] == ["teacher: 1/2", "teacher: 2/2"]
 
 
 def test_finished_run_does_nothing_more(tmp_path):
@@ -327,11 +337,11 @@ def test_self_forcing_differs_from_raven_only_in_the_history_gradient():
     assert any(not torch.equal(a, b) for a, b in zip(grads["raven"][1], grads["self_forcing"][1], strict=True))
 
 
-def test_student_is_updated_every_second_step_and_teacher_never():
-    trainer = make("raven", rollout_every=1)
+def test_student_is_updated_every_second_step_after_the_critic_and_teacher_never():
+    trainer = make("raven", rollout_every=1, critic_first=2)
     frozen = {name: value.clone() for name, value in trainer.teacher.state_dict().items()}
     moved = []
-    for _ in range(4):
+    for _ in range(6):
         before = {name: [p.clone() for p in m.parameters()] for name, m in trainer.modules.items()}
         trainer.step()
         moved.append(
@@ -340,8 +350,8 @@ def test_student_is_updated_every_second_step_and_teacher_never():
                 for n, m in trainer.modules.items()
             }
         )
-    assert [m["critic"] for m in moved] == [True] * 4
-    assert [m["student"] for m in moved] == [False, True, False, True]
+    assert [m["critic"] for m in moved] == [True] * 6
+    assert [m["student"] for m in moved] == [False, False, False, True, False, True]
     assert all(torch.equal(value, trainer.teacher.state_dict()[name]) for name, value in frozen.items())
 
 
@@ -566,8 +576,7 @@ def test_graphed_steps_equal_ordinary_ones(kind):
     settings = {"accumulation": 1, "ttur": 1, "rollout_every": 1} if kind == "raven" else {}
 
     def trained(cuda_graph):
-        with torch.device("cuda"):
-            trainer = make_on_gpu(kind, cuda_graph=cuda_graph, amp=False, **settings)
+        trainer = make_on_gpu(kind, cuda_graph=cuda_graph, amp=False, **settings)
         return [{name: float(value) for name, value in trainer.step().items()} for _ in range(GraphedStep.WARMUP + 4)]
 
     for ours, theirs in zip(trained(True), trained(False), strict=True):

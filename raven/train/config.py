@@ -123,6 +123,7 @@ class DistillConfig(Config):
     warmup: int = 0
     ema: float = 0.9675
     ttur: int = 2  # the student is updated at every ttur-th step, the critic at every one
+    critic_first: int = 0  # steps at the beginning that only train the critic
     rollout_every: int = 1  # a rollout serves this many consecutive steps
     guidance: float = 3.0
     alpha: float = -1.0

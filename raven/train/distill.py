@@ -85,7 +85,7 @@ class RavenTrainer(BaseTrainer):
         for name, rate in (("student", config.student_lr), ("critic", config.critic_lr)):
             set_lr(self.optimizers[name], warmup_cosine(self.steps_done, config.steps, config.warmup, rate, final=1.0))
         metrics = self._run("critic", self._critic_update, [self._critic_batch(r) for r in self._rollouts])
-        if (self.steps_done + 1) % config.ttur == 0:
+        if (self.steps_done + 1) % config.ttur == 0 and self.steps_done >= config.critic_first:
             metrics |= self._run("student", self._student_update, [self._student_batch(r) for r in self._rollouts])
         self.steps_done += 1
         return metrics
