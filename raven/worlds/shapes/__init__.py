@@ -163,7 +163,7 @@ class Shapes:
         check_shape("video", video, ("B", 3, "F", self.size, self.size))
         if not video.is_floating_point():
             raise TypeError(f"video: got dtype {str(video.dtype).removeprefix('torch.')}, expected a floating type")
-        return video.detach().float().nan_to_num(0.0).clamp(-1, 1).transpose(1, 2)
+        return video.detach().float().nan_to_num(-1.0).clamp(-1, 1).transpose(1, 2)
 
     @torch.no_grad()
     def fit(self, video: torch.Tensor) -> Fit:

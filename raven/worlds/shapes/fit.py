@@ -18,7 +18,8 @@ from raven.worlds.shapes.render import BACKGROUND, contrasts, coverage, draw, ou
 
 SEARCHED = 0.15  # an object with a smaller share of its area in sight is not looked for
 VISIBLE = 0.05  # and when a refinement ends with a smaller share than this, it is not there
-ACCEPT = 0.3  # an object must remove this share of the energy that its visible part has when drawn perfectly
+ACCEPT = 0.1  # an object must remove this share of the energy that its visible part has when drawn perfectly
+NEEDED = 0.02  # an object whose absence costs less than this share of its full energy is dropped
 TOUCHING = 2.4  # centres closer than this many radii may overlap
 STEPS = 4  # Gauss-Newton steps a refinement
 
@@ -111,9 +112,9 @@ class Fitter:
         """Best pixel ``[K, 2]`` (x, y) for one more object under those found (``through``: light that passes them)."""
         rows = slice(self.first, self.last)
         weighted = unexplained if first else unexplained * through[:, None]
-        match = torch.fft.irfft2(
-            torch.fft.rfft2(weighted)[:, :, None] * self.template_f, s=(self.size, self.size)
-        )[..., rows, rows]  # [K, 3 channels, 3 shapes, n, n]
+        match = torch.fft.irfft2(torch.fft.rfft2(weighted)[:, :, None] * self.template_f, s=(self.size, self.size))[
+            ..., rows, rows
+        ]  # [K, 3 channels, 3 shapes, n, n]
         n = match.shape[-1]
         linear = 2 * torch.matmul(self.contrast, match.reshape(len(match), 3, -1))  # [K, 6, 3 * n * n]
         if first:
@@ -268,6 +269,15 @@ class Fitter:
         for layer, new in zip(layers, some, strict=True):
             layer.put(touching, new)
 
+    def _prune(self, content: torch.Tensor, layers: list[_Layer]) -> None:
+        """Drop, in place, objects without which the rest explains a picture about as well: doubles below others."""
+        for i, layer in enumerate(layers):
+            without = [*layers[:i], *layers[i + 1 :]]
+            with_it = ((content - self._compose(layers)) ** 2).sum((1, 2, 3))
+            loss = ((content - self._compose(without)) ** 2).sum((1, 2, 3)) - with_it
+            layer.found &= loss > NEEDED * self.energy[layer.colour] * self.area[layer.shape]
+            layer.part = layer.part * layer.found[:, None, None]
+
     def __call__(self, pictures: torch.Tensor) -> Fit:
         """Fit ``pictures [K, 3, size, size]`` float32 in [-1, 1]."""
         content = pictures - BACKGROUND
@@ -281,6 +291,7 @@ class Fitter:
             through = through * (1 - layer.part)
         if self.max_shapes > 1:
             self._refit_overlaps(content, layers)
+            self._prune(content, layers)
         explained, total = self._explained(content, layers)
         quality = (explained * total / total.clamp(min=self.floor)).clamp(0, 1)
         layers.reverse()

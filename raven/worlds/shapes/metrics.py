@@ -30,12 +30,12 @@ class Scores:
 def _windows(sizes: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Frames ``[N, W]`` from which each chunk's motion is measured, and which of them are no padding.
 
-    A chunk's own frames and the one before, so that the step into the chunk counts; at least three if there are.
+    A chunk's own frames and the two before, so that the step into the chunk counts; at least three if there are.
     """
     frames, rows, end = sum(sizes), [], 0
     for size in sizes:
         begin, end = end, end + size
-        low = max(0, min(begin - 1, end - 3))
+        low = max(0, begin - 2)
         rows.append(list(range(low, min(frames, max(end, low + 3)))))
     width = max(len(row) for row in rows)
     index = torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows], device=device)
@@ -66,7 +66,7 @@ def _direction_holds(
     from then on only the sense it started with counts, since every bounce turns it round.
     """
     margin, extent = walls
-    near = 0.5 * speeds[1] + 0.016 * (extent + 2 * margin)
+    near = speeds[1] + 0.016 * (extent + 2 * margin)  # a bounce shows at most half a step away; twice that is allowed
     axis = (direction >= 2).long()[:, None, None]  # [B, 1, 1, clauses]
     sign = torch.where(direction % 2 == 0, -1.0, 1.0)[:, None, None]
     batch, chunks, count = motion.known.shape
@@ -77,12 +77,11 @@ def _direction_holds(
     agrees = along * sign > 0
 
     place = tracks.position - margin  # [B, F, tracks, 2]
-    at_wall = ((torch.minimum(place, extent - place) < near) & tracks.found[..., None]).cummax(1).values
+    close = near + speeds[1] * (~tracks.found[..., None])  # a bounce may have gone unseen
+    at_wall = (torch.minimum(place, extent - place) < close).cummax(1).values
     touched = at_wall[:, windows[:, 0]].gather(3, axis.expand(shape))  # by the window's first frame
     first = (motion.known.float()).argmax(1)[:, None, :, None].expand(-1, 1, -1, shape[3])
-    start = motion.anchor.gather(3, axis.expand(shape))
-    room = torch.where(sign > 0, extent - start, start)
-    begun_well = (agrees | (room < near)).gather(1, first)  # a start at the wall ahead does not show the sense
+    begun_well = agrees.gather(1, first)
     return on_axis & torch.where(touched, begun_well, agrees)
 
 
@@ -94,7 +93,7 @@ def score(
     walls: tuple[float, float],
     speeds: tuple[float, float],
 ) -> Scores:
-    """Scores of fitted videos. ``fit`` has axes ``[B, F, M]``; ``table [B, M, 4]`` and ``present [B, M]`` say the prompts.
+    """Scores of fitted videos: ``fit [B, F, M]``, and of the prompts ``table [B, M, 4]``, ``present [B, M]``.
 
     Objects are followed first and matched to clauses afterwards, each video by the assignment under which most
     attributes hold. Per clause: colour, shape (share of the frames), direction, speed (nearest of slow and fast);

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from itertools import permutations
 
 import torch
+from torch.nn.functional import one_hot
 
 from raven.worlds.shapes.fit import Fit
+from raven.worlds.shapes.prompts import COLOURS, SHAPES
 from raven.worlds.shapes.scenes import fold
 
+MEMORY = 0.8  # weight of a track's past colours and shapes against the newest
 HYPOTHESES = 80  # speeds tried per direction when the bounces of a track are located
 
 
@@ -17,8 +20,8 @@ HYPOTHESES = 80  # speeds tried per direction when the bounces of a track are lo
 class Tracks:
     """Objects followed through the frames of each video, in no particular order.
 
-    ``position [B, F, M, 2]``, ``shape``, ``colour``, ``found``, ``hidden`` ``[B, F, M]``. A track is hidden in a
-    frame when it was not found there and another object covers the place where it should be.
+    ``position [B, F, M, 2]``, interpolated where the track was not found; ``shape``, ``colour``, ``found``, ``hidden``
+    ``[B, F, M]``. A track is hidden in a frame when it was not found there and another object covers its place.
     """
 
     position: torch.Tensor
@@ -36,43 +39,45 @@ def follow(fit: Fit, reach: float) -> Tracks:
     """Link the objects of ``fit`` (``[B, F, M]``) frame by frame.
 
     Of all assignments of a frame's objects to the tracks so far, the one with the least change of place
-    (saturating at ``reach`` pixels), colour and shape is taken. A track keeps its last sighting while it is lost.
+    (saturating at ``reach`` pixels), colour and shape is taken. A track keeps its last sighting while it is lost,
+    and its colour is a fading memory of all sightings, so that one misread frame does not change who is who.
     """
     batch, frames, count = fit.found.shape
     device = fit.found.device
     orders = _orders(count, device)
     slots = torch.arange(count, device=device)
-    place, colour, shape, seen = (x[:, 0] for x in (fit.position, fit.colour, fit.shape, fit.found))
+    labels = torch.cat([one_hot(fit.colour, len(COLOURS)), 0.25 * one_hot(fit.shape, len(SHAPES))], -1)
+    labels = labels * fit.found[..., None]  # [B, F, M, 9]
+    place, seen, past = fit.position[:, 0], fit.found[:, 0], labels[:, 0]
     picks = [slots.expand(batch, -1)]
     for f in range(1, frames):
-        new_place, new_colour, new_shape, new = (x[:, f] for x in (fit.position, fit.colour, fit.shape, fit.found))
+        new_place, new, new_label = fit.position[:, f], fit.found[:, f], labels[:, f]
         way = (place[:, :, None] - new_place[:, None]).norm(dim=-1)
-        change = (way / reach).clamp(max=1) + 1.0 * (colour[:, :, None] != new_colour[:, None])
-        change = change + 0.25 * (shape[:, :, None] != new_shape[:, None])
+        habit = past / past[..., : len(COLOURS)].sum(-1, keepdim=True).clamp(min=1e-6)
+        change = (way / reach).clamp(max=1) + 0.5 * (habit[:, :, None] - new_label[:, None]).abs().sum(-1)
         change = torch.where(seen[:, :, None], change, 1.2)  # opening a track: dearer than keeping one in sight
         change = torch.where(new[:, None], change, 1.0)
         cost = change[:, slots, orders].sum(-1)  # [B, M!]
         pick = orders[cost.argmin(1)]  # [B, M]
         picks.append(pick)
-        arrived = new.gather(1, pick)
-        place = torch.where(arrived[..., None], new_place.gather(1, pick[..., None].expand(-1, -1, 2)), place)
-        colour = torch.where(arrived, new_colour.gather(1, pick), colour)
-        shape = torch.where(arrived, new_shape.gather(1, pick), shape)
-        seen = seen | arrived
+        arrived = new.gather(1, pick)[..., None]
+        place = torch.where(arrived, new_place.gather(1, pick[..., None].expand(-1, -1, 2)), place)
+        past = MEMORY * past + new_label.gather(1, pick[..., None].expand(-1, -1, labels.shape[-1]))
+        seen = seen | arrived[..., 0]
     pick = torch.stack(picks, 1)  # [B, F, M]
     position = fit.position.gather(2, pick[..., None].expand(-1, -1, -1, 2))
     found = fit.found.gather(2, pick)
-    hidden = _hidden(position, found, 0.9 * fit.radius)
+    position, hidden = _hidden(position, found, 0.9 * fit.radius)
     return Tracks(position, fit.shape.gather(2, pick), fit.colour.gather(2, pick), found, hidden)
 
 
-def _hidden(position: torch.Tensor, found: torch.Tensor, near: float) -> torch.Tensor:
-    """Where a lost track, interpolated between its sightings, lies within ``near`` pixels of a found object."""
+def _hidden(position: torch.Tensor, found: torch.Tensor, near: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions interpolated where a track is lost, and where it then lies within ``near`` pixels of a found object."""
     frames = found.shape[1]
     time = torch.arange(frames, device=found.device)[None, :, None].expand_as(found)
     before = torch.where(found, time, -1).cummax(1).values
     after = torch.where(found, time, frames).flip(1).cummin(1).values.flip(1)
-    ever = found.any(1, keepdim=True)
+    real = found.float().mean(1, keepdim=True) > 0.25  # what flashed up once is not hidden ever after
     before, after = torch.where(before < 0, after, before), torch.where(after >= frames, before, after)
     before, after = before.clamp(0, frames - 1), after.clamp(0, frames - 1)
     a = position.gather(1, before[..., None].expand_as(position))
@@ -81,19 +86,18 @@ def _hidden(position: torch.Tensor, found: torch.Tensor, near: float) -> torch.T
     guess = torch.lerp(a, b, share[..., None].to(a.dtype))
     gap = (guess[:, :, :, None] - position[:, :, None]).norm(dim=-1)  # [B, F, lost, other]
     covered = ((gap < near) & found[:, :, None]).any(-1)
-    return covered & ~found & ever
+    return torch.where(found[..., None], position, guess), covered & ~found & real
 
 
 @dataclass(frozen=True)
 class Motion:
     """``velocity [B, N, M, 2]``: pixels per frame at the start of each window, unfolded at the walls.
 
-    ``known [B, N, M]``: enough sightings to tell. ``anchor [B, N, M, 2]``: the first sighting in the window.
+    ``known [B, N, M]``: enough sightings to tell.
     """
 
     velocity: torch.Tensor
     known: torch.Tensor
-    anchor: torch.Tensor
 
 
 def measure(
@@ -124,4 +128,4 @@ def measure(
     mass = weight.sum(2, keepdim=True).clamp(min=1)
     lag = (elapsed - (elapsed * weight).sum(2, keepdim=True) / mass) * weight
     slope = (lag * unfolded).sum(2) / (lag * elapsed).sum(2).clamp(min=1e-6)
-    return Motion(torch.where(known[..., None], slope, 0.0), known, anchor[:, :, 0])
+    return Motion(torch.where(known[..., None], slope, 0.0), known)
