@@ -138,7 +138,7 @@ def _demo(args: argparse.Namespace, rest: list[str]) -> int:
     )
     demo.run(None if args.stages is None else args.stages.split(","))
     if args.export_assets:
-        demo.export_assets(args.export_assets, command=["raven", *sys.argv[1:]])
+        demo.export_assets(args.export_assets)
     return 0
 
 

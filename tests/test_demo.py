@@ -157,7 +157,7 @@ def test_bad_options_are_one_line(tmp_path, capsys):
     assert "expected a int such as 4" in failure(capsys, *test, "--set", "raven.steps=many")
     assert "expected chunks of 3 frames" in failure(capsys, *test, "--set", "raven.chunk_frames=[3,4]")
     with pytest.raises(ValueError, match="'teacher' is not done in .*nothing to export"):
-        open_demo(tmp_path / "d").export_assets(tmp_path / "assets", [])
+        open_demo(tmp_path / "d").export_assets(tmp_path / "assets")
 
 
 def test_settings_can_be_changed(tmp_path):
@@ -214,9 +214,13 @@ def test_missing_package_is_named(tmp_path, monkeypatch, capsys):
 
 def test_exported_assets_are_taken_instead_of_training(finished, tmp_path, monkeypatch):
     assets = tmp_path / "assets"
-    finished.export_assets(assets, ["raven", "demo"])
+    finished.export_assets(assets)
     about = json.loads((assets / "assets.json").read_text())
-    assert about["command"] == "raven demo" and about["seed"] == 0 and about["settings"]["teacher"]["steps"] == 2
+    assert (
+        about["command"].startswith("raven demo --size test --seed 0 --from-scratch --stages")
+        and about["seed"] == 0
+        and about["settings"]["teacher"]["steps"] == 2
+    )
     assert load_file(assets / "start.safetensors")["head.head.weight"].dtype == torch.float16
     assert about["models"]["start"]["bytes"] == (assets / "start.safetensors").stat().st_size
 

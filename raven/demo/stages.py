@@ -55,6 +55,7 @@ class Demo:
     from_scratch: bool
     world: Shapes
     state: dict[str, Any]
+    changes: tuple[str, ...] = ()
     progress: bool = True
 
     @classmethod
@@ -99,7 +100,7 @@ class Demo:
         else:
             _clear(folder)
             write_json(path, state)
-        return cls(folder, chosen, seed, where, from_scratch, Shapes(**chosen.world), state, progress)
+        return cls(folder, chosen, seed, where, from_scratch, Shapes(**chosen.world), state, tuple(changes), progress)
 
     def run(self, stages: Sequence[str] | None = None) -> None:
         """Run ``stages`` (default: all), skipping those that are done. The report is always written anew.
@@ -188,7 +189,7 @@ class Demo:
         self.save(name, model)
         return "shipped with the package"
 
-    def export_assets(self, folder: str | os.PathLike[str], command: Sequence[str]) -> None:
+    def export_assets(self, folder: str | os.PathLike[str]) -> None:
         """Write teacher and start in fp16, and how they were made, into ``folder``."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
@@ -202,13 +203,21 @@ class Demo:
         write_json(
             target / "assets.json",
             {
-                "command": " ".join(command),
+                "command": self._export_command(),
                 "size": self.size.name,
                 "seed": self.seed,
                 **environment(self.device),
                 "models": made,
                 "settings": {name: self.state["settings"][name] for name in ("world", "model", "teacher", "start")},
             },
+        )
+
+    def _export_command(self) -> str:
+        """The command that makes the shipped models, whatever folders it was run with."""
+        changes = "".join(f" --set {change}" for change in self.changes)
+        return (
+            f"raven demo --size {self.size.name} --seed {self.seed} --from-scratch{changes} "
+            "--stages teacher,start --export-assets raven/demo/assets"
         )
 
     def say(self, text: str) -> None:
