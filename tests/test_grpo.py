@@ -82,18 +82,26 @@ def test_advantages_are_clipped():
 
 
 def test_second_normalisation_spans_ranks():
-    here, there = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[0.0, 10.0, 11.0]])
+    """Rank 0's two rewards agree (their sum is wide), rank 1's cancel in part (narrow): only together they are unit."""
+    pairs = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]), torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 0.0]])
     ids = prompt_ids(["p"] * 3)
-    both = [group_advantages(each, ids, clip=1e9).double() for each in (here, there)]
 
-    def gather(values):
-        # Rank 1's first normalisation is what group_advantages gives for it alone, up to its second one.
-        return torch.cat([values, ids if values.dtype == torch.int64 else both[1]])
+    def normalised(row):
+        return (row - row.mean()) / (row.std(unbiased=False) + 1e-5)
 
-    got = group_advantages(here, ids, gather=gather, rank=0)
-    everyone = torch.cat([both[0], both[1]])
-    want = (everyone - everyone.mean()) / everyone.std(unbiased=False)
-    torch.testing.assert_close(got, want[:3].float(), rtol=1e-4, atol=1e-4)
+    totals = [sum(normalised(row) for row in pair.double()) for pair in pairs]
+    everyone = normalised(torch.cat(totals)).float()
+    for rank in range(2):
+
+        def gather(values, rank=rank):
+            if values.dtype == torch.int64:
+                return torch.cat([ids, ids])
+            torch.testing.assert_close(values, totals[rank])
+            return torch.cat(totals)
+
+        got = group_advantages(pairs[rank], ids, gather=gather, rank=rank)
+        torch.testing.assert_close(got, everyone[3 * rank : 3 * rank + 3])
+    assert group_advantages(pairs[1], ids).std() > 1.5 * everyone[3:].std()
 
 
 def test_advantages_refuse():
@@ -117,20 +125,30 @@ def test_last_step_takes_no_part(model):
         draw_steps(2, 1)
 
 
-@pytest.mark.parametrize("visible", [{}, {"sink": 1, "window": 1}])
-def test_replay_gives_the_density_the_rollout_sampled_from(model, visible):
-    """The drawn noise is recovered: (x_s - mean) / std of the replayed step is a standard normal sample's density."""
+def drawn_noise(batch, seed):
+    """The noise of ``play``, in its order: for every chunk its first state, then one draw a step but the last."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.randn(batch, 3, 6, generator=generator)  # the context
+    chunks = [
+        torch.stack([torch.randn(batch, SHAPE[0], frames, *SHAPE[1:], generator=generator) for _ in LEVELS])
+        for frames in CHUNKS
+    ]
+    return torch.cat(chunks, dim=3)  # [K, B, C, F, H, W]; the first is the noise at level 1
+
+
+@pytest.mark.parametrize("visible", [{}, {"sink": 1, "window": 1}, {"window": 0}])
+def test_replay_recovers_the_noise_that_the_rollout_drew(model, visible):
+    """The packed replay has the mean of the cached rollout: (x_s - mean) / std is the drawn noise, and its density."""
     played, context = play(model, **visible)
     steps = torch.tensor([0, 1, 2, 1])
     step = transition(played, steps)
     log_prob, v = replay(model, step, context, CHUNKS, **visible)
+    noise = drawn_noise(4, seed=1)[steps + 1, torch.arange(4)]
     mean, std = consistency_kernel(v, step.x_t, step.t, step.s)
-    density = torch.distributions.Normal(mean, std.expand_as(mean)).log_prob(step.x_s)
+    torch.testing.assert_close((step.x_s - mean) / std, noise, rtol=1e-4, atol=1e-4)
+    density = torch.distributions.Normal(0, 1).log_prob(noise) - std.log()
     want = torch.stack([part.sum(dim=(1, 2, 3, 4)) for part in density.split(CHUNKS, dim=2)], dim=1)
     torch.testing.assert_close(log_prob, want, rtol=1e-4, atol=1e-3)
-    noise = ((step.x_s - mean) / std).flatten(1)
-    assert noise.std().item() == pytest.approx(1, abs=0.15)
-    assert noise.mean().abs() < 0.15
 
 
 @pytest.mark.parametrize("kernel", ["consistency", "euler_maruyama"])

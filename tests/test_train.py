@@ -418,6 +418,16 @@ def test_trainer_ratio_is_exactly_one_in_every_micro_batch():
     assert trainer.step()["ratio"] == 1
 
 
+def test_every_step_and_rank_draws_anew(monkeypatch):
+    trainer, seen = make("raven"), set()
+    for rank in range(3):
+        monkeypatch.setattr("raven.train.distributed.rank", lambda rank=rank: rank)
+        for trainer.steps_done in range(20):
+            trainer.begin_step()
+            seen.add(tuple(torch.rand(2, generator=trainer.generator).tolist()))
+    assert len(seen) == 60
+
+
 def test_ema_follows_its_formula():
     module = torch.nn.Linear(2, 2)
     ema = Ema(module, 0.75)
