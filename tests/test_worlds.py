@@ -353,6 +353,20 @@ def test_half_precision_videos_are_scored(batch):
     assert scores.quality.dtype == torch.float32 and scores.quality.min() > 0.97
 
 
+def test_a_callers_autocast_changes_nothing(batch):
+    want = WORLD.score(batch.video[:4], batch.prompts[:4])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = WORLD.score(batch.video[:4], batch.prompts[:4])
+    assert torch.equal(got.quality, want.quality) and torch.equal(got.dynamic, want.dynamic)
+
+
+def test_empty_batches():
+    empty = WORLD.sample(0, 6)
+    assert empty.video.shape == (0, 3, 6, 32, 32) and WORLD.encode([]).shape == (0, WORLD.text_len, WORLD.text_dim)
+    with pytest.raises(ValueError, match="expected at least one frame"):
+        WORLD.score(empty.video, [])
+
+
 def test_bad_arguments(batch):
     video, prompts = batch.video[:2], batch.prompts[:2]
     with pytest.raises(ValueError, match=r"video: got shape \(2, 3, 12, 32, 32\), expected \[1, 3, F, 32, 32\]"):

@@ -161,6 +161,8 @@ class Shapes:
 
     def _frames(self, video: torch.Tensor) -> torch.Tensor:
         check_shape("video", video, ("B", 3, "F", self.size, self.size))
+        if not video.numel():
+            raise ValueError(f"video: got shape {tuple(video.shape)}, expected at least one frame")
         if not video.is_floating_point():
             raise TypeError(f"video: got dtype {str(video.dtype).removeprefix('torch.')}, expected a floating type")
         return video.detach().float().nan_to_num(-1.0).clamp(-1, 1).transpose(1, 2)
@@ -172,7 +174,9 @@ class Shapes:
         batch, frames = pictures_in.shape[:2]
         fitter = _fitter(self.size, self.radius, self.walls[0], self.max_shapes, video.device)
         block = (1024 if video.is_cuda else 64) * 32 * 32 * 4 // self.size**2 + 1  # pictures that fit the caches
-        return Fit.cat([fitter(part) for part in pictures_in.flatten(0, 1).split(block)]).unflatten(batch, frames)
+        with torch.autocast(video.device.type, enabled=False):  # a caller's bfloat16 is too coarse for centres
+            fits = [fitter(part) for part in pictures_in.flatten(0, 1).split(block)]
+        return Fit.cat(fits).unflatten(batch, frames)
 
     @torch.no_grad()
     def score(

@@ -137,8 +137,8 @@ class Fitter:
 
     def _refine(
         self, position: torch.Tensor, goal: torch.Tensor, under: torch.Tensor | None, through: torch.Tensor
-    ) -> tuple[_Layer, torch.Tensor]:
-        """Fit one object near ``position [K, 2]``, all shapes and colours; returns it and the energy it removes.
+    ) -> _Layer:
+        """Fit one object near ``position [K, 2]``, all shapes and colours.
 
         The picture is modelled as ``through * (under * (1 - part) + contrast * part)`` in this object's place and
         ``goal`` is what remains of the real one without the object; ``under`` None stands for an empty ground.
@@ -198,7 +198,7 @@ class Fitter:
             best_visible > VISIBLE * self.area[best_shape]
         )
         part = part * found[:, None, None]
-        return _Layer(best_position, best_shape, best_colour, found, part), best_gain
+        return _Layer(best_position, best_shape, best_colour, found, part)
 
     def _light(self, layer: _Layer) -> torch.Tensor:
         return self.contrast[layer.colour][:, :, None, None] * layer.part[:, None]
@@ -217,21 +217,21 @@ class Fitter:
         # Exchanging what does not touch changes nothing, and lets every pair meet once in a bubble sort.
         layers = [*layers[:i], second.where(apart, first), first.where(apart, second), *layers[i + 2 :]]
         above, below = layers[:i], layers[i + 2 :]
-        clear = torch.ones_like(content[:, 0])
-        through = clear
-        goal = content
+        through, goal = torch.ones_like(content[:, 0]), content
         if above:
             for layer in above:
                 through = through * (1 - layer.part)
             goal = content - self._compose(above)
-        ground = self._compose(below) if below else torch.zeros_like(content)
+        ground = self._compose(below) if below else None
         options = [(layers[i], layers[i + 1])]
         for top, bottom in ((layers[i], layers[i + 1]), (layers[i + 1], layers[i])):
-            scene = ground * (1 - bottom.part[:, None]) + self._light(bottom)
-            top_new, _ = self._refine(top.position, goal - through[:, None] * scene, scene, through)
+            scene = self._compose([bottom, *below])
+            top_new = self._refine(top.position, goal - through[:, None] * scene, scene, through)
             passing = through * (1 - top_new.part)
             rest = goal - through[:, None] * self._light(top_new)
-            bottom_new, _ = self._refine(bottom.position, rest - passing[:, None] * ground, ground, passing)
+            if ground is not None:
+                rest = rest - passing[:, None] * ground
+            bottom_new = self._refine(bottom.position, rest, ground, passing)
             options.append((top_new, bottom_new))
         best = options[0]
         least = ((content - self._compose([*above, *best, *below])) ** 2).sum((1, 2, 3))
@@ -262,10 +262,10 @@ class Fitter:
         touching = (pair & (gap < TOUCHING * self.radius)).flatten(1).any(1).nonzero()[:, 0]
         if not len(touching):
             return
-        some = [layer.at(touching) for layer in layers]
+        content, some = content[touching], [layer.at(touching) for layer in layers]
         for last in [*range(self.max_shapes - 1, 0, -1), 1]:  # a bubble sort, then the top pair again
             for i in range(last):
-                some = self._refit_pair(content[touching], some, i)
+                some = self._refit_pair(content, some, i)
         for layer, new in zip(layers, some, strict=True):
             layer.put(touching, new)
 
@@ -285,7 +285,7 @@ class Fitter:
         goal, layers = content, []
         for m in range(self.max_shapes):
             start = self._search(goal, through, first=m == 0).float() + 0.5
-            layer, _ = self._refine(start, goal, None, through)
+            layer = self._refine(start, goal, None, through)
             layers.append(layer)
             goal = goal - through[:, None] * self._light(layer)
             through = through * (1 - layer.part)
