@@ -70,6 +70,8 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: ChunkLayou
         raise ValueError(f"k: got {k.shape[2]} heads, expected a divisor of the {H} heads of q")
     Lk = k.shape[1]
     spans = getattr(layout, "spans", layout)
+    if not hasattr(spans, "kv_ranges"):
+        raise TypeError(f"layout: got {type(layout).__name__}, expected ChunkLayout or Spans")
     if spans is not layout and (layout.length != Lq or layout.length != Lk):
         raise ValueError(f"layout: got {layout.length} tokens, expected {Lq} like q and {Lk} like k")
     if spans.q_end > Lq or spans.kv_end > Lk:
