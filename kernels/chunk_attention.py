@@ -71,7 +71,7 @@ def _softmax_step(
     return acc, m_new, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _forward(
     Q, K, V, Out, Lse, q_tiles, full_indptr, full_starts, tail_indptr, tails, scale,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
@@ -115,7 +115,7 @@ def _forward(
     tl.store(Lse + (b.to(tl.int64) * H + h) * L + row, lse, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _delta(Out, Grad, GradLse, Delta, stride_gb, stride_gl, stride_gh, L, H, HAS_LSE: tl.constexpr,
            ROWS: tl.constexpr, D: tl.constexpr):  # fmt: skip
     """``sum_d out * grad_out - grad_lse`` per query: what the softmax subtracts from every weight's gradient."""
@@ -151,7 +151,7 @@ def _query_step(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _backward_q(
     Q, K, V, Grad, Lse, Delta, DQ, q_tiles, full_indptr, full_starts, tail_indptr, tails, scale,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
@@ -220,7 +220,7 @@ def _key_step(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "LK"])
 def _backward_k(
     Q, K, V, Grad, Lse, Delta, DK, DV, k_tiles, full_indptr, full_starts, tail_indptr, tails, scale,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
@@ -300,7 +300,7 @@ def capability(x: torch.Tensor) -> int:
 def forward_config(head_dim: int, dtype: torch.dtype, capability: int) -> Config:
     """Tiles of the forward kernel."""
     if dtype == torch.float32:
-        return Config(64, 64, 4, 2) if head_dim <= 64 else Config(64, 32, 4, 1 if head_dim == 256 else 2)
+        return Config(64, 64, 4, 2) if head_dim <= 64 else Config(64, 32, 4, 2)
     if head_dim == 256:
         return Config(128, 64, 8, 2) if _is_large(capability) else Config(64, 32, 4, 2)
     if head_dim == 128:

@@ -171,6 +171,8 @@ _chunk_attention.register_autograd(_autograd, setup_context=_setup_context)
 def _triton_reason(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     if q.shape[-1] not in HEAD_DIMS:
         return f"head_dim {q.shape[-1]} is not one of {HEAD_DIMS}"
+    if q.dtype == torch.float32 and q.shape[-1] == 256:
+        return "float32 with head_dim 256 has no tiles: full float32 products at that width take minutes to compile"
     return backends.triton_reason(q, k, v)
 
 
