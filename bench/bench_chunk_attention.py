@@ -13,6 +13,7 @@ from functools import cache, lru_cache, partial
 
 import pytest
 import torch
+import torch._functorch.config
 from harness import DEVICE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
