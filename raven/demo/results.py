@@ -29,7 +29,7 @@ def plans(demo: Demo) -> dict[str, list[Plan]]:
     causal = [Plan(long, (short, long), amount.prompts, seeds, amount.shown)]
     teacher = [
         Plan(short, (short,), amount.prompts, seeds, amount.shown),
-        Plan(long, (long,), amount.teacher_long_prompts, seeds, amount.shown),
+        Plan(long, (long,), min(amount.prompts, amount.teacher_long_prompts), seeds, amount.shown),
     ]
     return {"teacher": teacher, "start": causal, "raven": causal, "grpo": causal}
 
@@ -180,7 +180,7 @@ def table_notes(demo: Demo) -> list[str]:
         f"{few} frames are the beginnings of these, since a later chunk never changes an earlier one.",
         f"The teacher samples the whole video at once with guidance {amount.guidance:g}, {amount.teacher_steps} steps "
         f"at {few} frames; at {many} frames, a length it never saw in training, {amount.teacher_long_steps} steps and "
-        f"{amount.teacher_long_prompts * amount.seeds} videos.",
+        f"{min(amount.prompts, amount.teacher_long_prompts) * amount.seeds} videos.",
     ]
 
 

@@ -44,6 +44,7 @@ class Size:
     evaluation: Evaluation
     window: int
     rewards: dict[str, float]
+    start_from_teacher: bool = False  # the causal start begins at the teacher's weights instead of at random ones
     shipped: bool = False
     hidden: bool = False
 
@@ -82,7 +83,7 @@ def _frames(chunks: int, size: int) -> dict[str, Any]:
 
 
 _TINY = _frames(4, 32)
-_SMALL = _frames(4, 48)
+_SMALL = _frames(4, 32)
 _TEST = _frames(2, 16)
 
 SIZES = {
@@ -108,9 +109,9 @@ SIZES = {
                 accumulation=1,
                 rollout_every=2,
                 student_lr=1e-4,
-                critic_lr=1e-4,
+                critic_lr=3e-4,
                 ema=0.9,
-                guidance=3.0,
+                guidance=1.5,
                 **_TINY,
             ),
             grpo=PolicyConfig(steps=24, group=8, prompts=1, lr=2e-5, ema=0.8, grad_clip=1.0, **_TINY),
@@ -123,36 +124,37 @@ SIZES = {
         ),
         Size(
             name="small",
-            about="48 x 48 pixels, 12 frames; one GPU, everything from scratch in at most 10 minutes on an H200",
-            world={"size": 48, "max_shapes": 2},
+            about="as tiny with a larger model; one GPU, everything from scratch, at most 10 minutes on an H200",
+            world={"size": 32, "max_shapes": 2},
             model={
-                "dim": 256,
-                "ffn_dim": 1024,
-                "num_heads": 4,
-                "num_layers": 8,
+                "dim": 192,
+                "ffn_dim": 768,
+                "num_heads": 3,
+                "num_layers": 6,
                 "freq_dim": 256,
                 "patch_size": (1, 4, 4),
             },
-            teacher=PretrainConfig(steps=4000, batch=64, lr=8e-4, pool=32768, **_SMALL),
-            start=PretrainConfig(steps=2500, batch=48, lr=8e-4, pool=32768, **_SMALL),
+            teacher=PretrainConfig(steps=6000, batch=64, lr=1.5e-3, shift=3.0, pool=32768, **_SMALL),
+            start=PretrainConfig(steps=2000, batch=64, lr=1e-3, pool=32768, **_SMALL),
             raven=DistillConfig(
-                steps=500,
-                batch=32,
+                steps=700,
+                batch=16,
                 accumulation=1,
                 rollout_every=2,
                 cuda_graph=True,
                 student_lr=5e-5,
-                critic_lr=5e-5,
+                critic_lr=2e-4,
                 ema=0.97,
-                guidance=3.0,
+                guidance=2.0,
                 **_SMALL,
             ),
-            grpo=PolicyConfig(steps=80, group=16, prompts=8, micro_batch=32, lr=1e-5, ema=0.9, grad_clip=1.0, **_SMALL),
+            grpo=PolicyConfig(steps=60, group=8, prompts=8, lr=1e-5, ema=0.9, grad_clip=1.0, **_SMALL),
             evaluation=Evaluation(
                 prompts=32, seeds=4, shown=4, teacher_steps=32, teacher_long_prompts=16, teacher_long_steps=32
             ),
             window=3,
             rewards={"quality": 1.0, "semantic": 2.0, "dynamic": 0.5},
+            start_from_teacher=True,
         ),
         Size(
             name="test",

@@ -116,13 +116,16 @@ class Demo:
             if name in self.state["stages"] and name != "report":
                 self.say(f"{label}: done before, skipped")
                 continue
-            missing = [need for need in NEEDS[name] if need not in self.state["stages"]]
+            missing = [need for need in self._needs(name) if need not in self.state["stages"]]
             if missing:
                 raise ValueError(f"stages: {name!r} needs {' and '.join(missing)}, not done in {self.folder}")
             self.say(label)
             self._run_one(name, number)
         if "report" in wanted:
             self._say_results()
+
+    def _needs(self, name: str) -> tuple[str, ...]:
+        return ("teacher",) if name == "start" and self.size.start_from_teacher else NEEDS[name]
 
     def _checked(self, stages: Sequence[str] | None) -> list[str]:
         wanted = list(TITLES) if stages is None else list(stages)

@@ -43,21 +43,25 @@ def _train(demo: Demo, name: str, trainer: Any, module: str) -> str:
     return f"{steps} steps of {batch} videos"
 
 
-def _pretrain(demo: Demo, name: str, trainer_type: type) -> str:
-    config = getattr(demo.size, name)
-    torch.manual_seed(config.seed)
-    model = CausalWan(demo.size.wan_config(demo.world.text_dim, demo.world.text_len)).to(demo.device)
-    return _train(demo, name, trainer_type(model, demo.world, config), "model")
+def _new_model(demo: Demo, seed: int) -> CausalWan:
+    torch.manual_seed(seed)
+    return CausalWan(demo.size.wan_config(demo.world.text_dim, demo.world.text_len)).to(demo.device)
 
 
 def teacher(demo: Demo) -> str:
     """Train the bidirectional teacher on real videos of the world."""
-    return _pretrain(demo, "teacher", TeacherTrainer)
+    config = demo.size.teacher
+    return _train(demo, "teacher", TeacherTrainer(_new_model(demo, config.seed), demo.world, config), "model")
 
 
 def start(demo: Demo) -> str:
     """Train the causal start on real videos of the world, by teacher forcing."""
-    return _pretrain(demo, "start", StartTrainer)
+    config = demo.size.start
+    if demo.size.start_from_teacher:
+        model = demo.load("teacher").requires_grad_(True)
+    else:
+        model = _new_model(demo, config.seed)
+    return _train(demo, "start", StartTrainer(model, demo.world, config), "model")
 
 
 def raven(demo: Demo) -> str:
