@@ -108,13 +108,14 @@ SIZES = {
                 batch=4,
                 accumulation=1,
                 rollout_every=2,
+                critic_first=16,
                 student_lr=1e-4,
-                critic_lr=3e-4,
+                critic_lr=4e-4,
                 ema=0.9,
                 guidance=1.5,
                 **_TINY,
             ),
-            grpo=PolicyConfig(steps=24, group=8, prompts=1, lr=2e-5, ema=0.8, grad_clip=1.0, **_TINY),
+            grpo=PolicyConfig(steps=12, group=8, prompts=2, lr=1e-5, ema=0.8, grad_clip=1.0, **_TINY),
             evaluation=Evaluation(
                 prompts=6, seeds=3, shown=4, teacher_steps=16, teacher_long_prompts=2, teacher_long_steps=12
             ),
@@ -142,13 +143,16 @@ SIZES = {
                 accumulation=1,
                 rollout_every=2,
                 cuda_graph=True,
+                critic_first=20,
                 student_lr=5e-5,
                 critic_lr=2e-4,
                 ema=0.97,
                 guidance=2.0,
                 **_SMALL,
             ),
-            grpo=PolicyConfig(steps=60, group=8, prompts=8, lr=1e-5, ema=0.9, grad_clip=1.0, **_SMALL),
+            grpo=PolicyConfig(
+                steps=60, group=16, prompts=8, every_step=True, lr=1e-5, ema=0.9, grad_clip=1.0, **_SMALL
+            ),
             evaluation=Evaluation(
                 prompts=32, seeds=4, shown=4, teacher_steps=32, teacher_long_prompts=16, teacher_long_steps=32
             ),
