@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 
 class BackendUnavailableError(RuntimeError):
@@ -36,6 +37,14 @@ def check_same_device(name: str, tensor: torch.Tensor, other_name: str, other: t
     """Raise ``ValueError`` unless both tensors live on one device."""
     if tensor.device != other.device:
         raise ValueError(f"{name}: got device {tensor.device}, expected {other.device} like {other_name}")
+
+
+def check_no_tangent(op: str, *tensors: torch.Tensor | None) -> None:
+    """Raise ``NotImplementedError`` for forward-mode gradients: custom ops of PyTorch would drop them silently."""
+    if forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(f"{op}: forward-mode derivatives are not available")
 
 
 def check_level(name: str, level: torch.Tensor | float, *, low: float = 0.0, exclusive: bool = False) -> None:

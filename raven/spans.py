@@ -185,7 +185,8 @@ def _as_int32(name: str, values: object, columns: int | None) -> torch.Tensor:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {want}")
     if tensor.numel() and (int(tensor.max()) > _INT32_MAX or int(tensor.min()) < 0):
         raise ValueError(f"{name}: got values from {int(tensor.min())} to {int(tensor.max())}, expected [0, 2**31)")
-    return tensor.detach().to(torch.int32).clone().contiguous()
+    with torch.inference_mode(False):  # autograd refuses to save tensors made in inference mode
+        return tensor.detach().to(torch.int32).clone().contiguous()
 
 
 def _check_ranges(name: str, ranges: torch.Tensor) -> None:

@@ -276,6 +276,67 @@ def test_empty(shape):
         assert grad.shape == x.shape and (B and Lq and Lk or (grad == 0).all())
 
 
+def test_no_heads():
+    q, k = torch.randn(1, 3, 0, 32, requires_grad=True), torch.randn(1, 3, 1, 32, requires_grad=True)
+    dq, dk = torch.autograd.grad(chunk_attention(q, k, k, Spans.full(3, 3)).sum(), (q, k))
+    assert dq.shape == q.shape and (dk == 0).all()
+
+
+def test_spans_made_in_inference_mode_train():
+    with torch.inference_mode():
+        spans = Spans.full(3, 3)
+    q = torch.randn(1, 3, 1, 32, requires_grad=True)
+    chunk_attention(q, q, q, spans).sum().backward()
+    assert q.grad.norm() > 0
+
+
+def test_autocast_changes_nothing():
+    inputs, grad = make(LAYOUTS["one_token"], torch.float32)
+
+    def run():
+        out, lse = chunk_attention(*inputs, LAYOUTS["one_token"], return_lse=True)
+        return out, lse, *torch.autograd.grad((out, lse), inputs, (grad, torch.ones_like(lse)))
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run()
+    for a, b in zip(got, run(), strict=True):
+        assert_bitwise(a, b)
+
+
+def test_no_derivative_is_dropped():
+    """Second and forward-mode derivatives are not there, and must not come out as zero."""
+    q = torch.randn(1, 3, 1, 32, requires_grad=True)
+    spans = Spans.full(3, 3)
+    (grad,) = torch.autograd.grad(chunk_attention(q, q, q, spans).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.sum().backward()
+    with pytest.raises(NotImplementedError, match="chunk_attention: forward-mode derivatives"):
+        torch.func.jvp(lambda x: chunk_attention(x, x, x, spans), (q.detach(),), (q.detach(),))
+
+
+def test_what_triton_leaves_to_the_reference(monkeypatch):
+    def why_not(*shape, dtype=torch.float32):
+        return raven.explain("chunk_attention", *[torch.empty(shape, dtype=dtype)] * 3).reasons["triton"]
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "bfloat16" in why_not(1, 3, 1, 32, dtype=torch.bfloat16)
+    assert "65535" in why_not(65536, 0, 1, 32) and "65535" in why_not(1, 0, 65536, 32)
+
+
+@pytest.mark.gpu
+def test_gpu_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    inputs, grad = make(LAYOUTS["one_token"], torch.bfloat16, 64, device="cuda:1")
+    out = chunk_attention(*inputs, LAYOUTS["one_token"])
+    got = (out, *torch.autograd.grad(out, inputs, grad))
+    with torch.cuda.device(1):
+        out = chunk_attention(*inputs, LAYOUTS["one_token"])
+        want = (out, *torch.autograd.grad(out, inputs, grad))
+    for a, b in zip(got, want, strict=True):
+        assert_bitwise(a, b)
+
+
 def test_bad_arguments():
     layout = ChunkLayout.repacked((1, 1), 4)
     q = torch.randn(1, layout.length, 4, 32)
@@ -283,6 +344,7 @@ def test_bad_arguments():
         (ValueError, r"q: got shape \(12, 4, 32\)", (q[0], q, q, layout)),
         (ValueError, r"k: got shape .* expected \[1, Lk, Hkv, 32\]", (q, q[..., :16], q, layout)),
         (ValueError, r"v: got shape", (q, q, q[:, :-1], layout)),
+        (ValueError, r"q: got head dim 0", (q[..., :0], q[..., :0], q[..., :0], layout)),
         (ValueError, r"k: got 3 heads, expected a divisor of the 4 heads", (q, q[:, :, :3], q[:, :, :3], layout)),
         (TypeError, r"q: got dtype int32", (q.int(), q.int(), q.int(), layout)),
         (TypeError, r"k: got dtype float64, expected float32", (q, q.double(), q.double(), layout)),

@@ -224,3 +224,9 @@ def test_bad_input(changes, error, message):
     arguments = {"v": v, "x_t": x_t, "t": t, "s": s, "noise": noise} | changes
     with pytest.raises(error, match=message):
         consistency_step(**arguments)
+
+
+def test_forward_mode_derivative_is_not_dropped():
+    x = torch.randn(1, 3, 2, 16)
+    with pytest.raises(NotImplementedError, match="consistency_step: forward-mode derivatives"):
+        torch.func.jvp(lambda x: consistency_step(x, x, 0.9, 0.5, x), (x,), (x,))

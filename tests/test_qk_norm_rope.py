@@ -380,3 +380,18 @@ def test_gpu_more_than_2_31_elements(triton_backend):
 
 def test_registered():
     assert "qk_norm_rope" in backends.operators()
+
+
+def test_forward_mode_derivative_is_not_dropped():
+    x = torch.randn(1, 3, 2, 16)
+    with pytest.raises(NotImplementedError, match="qk_norm_rope: forward-mode derivatives"):
+        torch.func.jvp(lambda x: qk_norm_rope(x, x, None, None, torch.zeros(3, 3, dtype=torch.int32)), (x,), (x,))
+
+
+def test_compiles_with_dynamic_shapes():
+    rotate = torch.compile(
+        lambda q, p: qk_norm_rope(q, q, None, None, p)[0], fullgraph=True, dynamic=True, backend="eager"
+    )
+    for length in (3, 5):
+        q, positions = torch.randn(1, length, 2, 16), torch.arange(3 * length, dtype=torch.int32).view(length, 3)
+        torch.testing.assert_close(rotate(q, positions), qk_norm_rope(q, q, None, None, positions)[0])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from raven import backends
-from raven.errors import check_dtype, check_same_device, check_shape
+from raven.errors import check_dtype, check_no_tangent, check_same_device, check_shape
 from raven.planner import TilePlan, plan, transpose
 from raven.reference import chunk_attention as reference
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 HEAD_DIMS = (32, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+MAX_GRID = 65535  # of CUDA, along every axis but the first
 
 
 def chunk_attention(
@@ -51,7 +52,7 @@ def chunk_attention(
     spans = _check(q, k, v, layout)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    elif not (math.isfinite(scale) and scale > 0):
+    elif not 0 < scale < math.inf:
         raise ValueError(f"scale: got {scale}, expected a positive finite number")
     out, lse = _chunk_attention(q, k, v, spans.q_ranges, spans.kv_indptr, spans.kv_ranges, float(scale))
     return (out, lse) if return_lse else out
@@ -66,6 +67,9 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: ChunkLayou
     for name, x in (("k", k), ("v", v)):
         check_dtype(name, x, (q.dtype,))
         check_same_device(name, x, "q", q)
+    check_no_tangent("chunk_attention", q, k, v)
+    if D == 0:
+        raise ValueError("q: got head dim 0, expected at least 1")
     if k.shape[2] == 0 or H % k.shape[2]:
         raise ValueError(f"k: got {k.shape[2]} heads, expected a divisor of the {H} heads of q")
     Lk = k.shape[1]
@@ -93,7 +97,8 @@ def _chunk_attention(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if backends.select("chunk_attention", q, k, v) == "reference":
-        return reference.chunk_attention_forward(q, k, v, q_ranges, kv_indptr, kv_ranges, scale)
+        with torch.autocast(q.device.type, enabled=False):  # it would round the products inside
+            return reference.chunk_attention_forward(q, k, v, q_ranges, kv_indptr, kv_ranges, scale)
     from raven.kernels import chunk_attention as kernels
 
     # Kernels write only the rows of query ranges; the rest of an incomplete cover must still be defined.
@@ -104,7 +109,8 @@ def _chunk_attention(
         lse.fill_(float("-inf"))
     config = kernels.forward_config(q.shape[-1], q.dtype, kernels.capability(q))
     tiles = device_plan(q_ranges, kv_indptr, kv_ranges, config.block_q, config.block_k, q.device)
-    kernels.forward(q, k, v, out, lse, tiles, scale, config)
+    with torch.cuda.device_of(q):  # Triton launches on the current device, whatever the tensors' is
+        kernels.forward(q, k, v, out, lse, tiles, scale, config)
     return out, lse
 
 
@@ -130,7 +136,8 @@ def _chunk_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     spans = (q_ranges, kv_indptr, kv_ranges)
     if backends.select("chunk_attention", q, k, v) == "reference":
-        return reference.chunk_attention_backward(grad_out, grad_lse, q, k, v, out, lse, *spans, scale)
+        with torch.autocast(q.device.type, enabled=False):
+            return reference.chunk_attention_backward(grad_out, grad_lse, q, k, v, out, lse, *spans, scale)
     from raven.kernels import chunk_attention as kernels
 
     dq = (torch.empty if _covered(q_ranges) == q.shape[1] else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
@@ -140,8 +147,10 @@ def _chunk_attention_backward(
     q_config, k_config = kernels.backward_configs(q.shape[-1], q.dtype, kernels.capability(q))
     q_tiles = device_plan(*spans, q_config.block_q, q_config.block_k, q.device)
     k_tiles = device_plan(*keys, k_config.block_k, k_config.block_q, q.device)
-    kernels.backward(grad_out, grad_lse, q, k, v, out, lse, dq, dk, dv, q_tiles, k_tiles, scale, q_config, k_config)
-    return dq, dk, dv
+    grads = (dq, dk, dv)
+    with torch.cuda.device_of(q):
+        kernels.backward(grad_out, grad_lse, q, k, v, out, lse, *grads, q_tiles, k_tiles, scale, q_config, k_config)
+    return grads
 
 
 @_chunk_attention_backward.register_fake
@@ -173,6 +182,10 @@ def _triton_reason(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | N
         return f"head_dim {q.shape[-1]} is not one of {HEAD_DIMS}"
     if q.dtype == torch.float32 and q.shape[-1] == 256:
         return "float32 with head_dim 256 has no tiles: full float32 products at that width take minutes to compile"
+    if q.dtype == torch.bfloat16 and not q.is_cuda and backends.interpreting():
+        return "Triton's interpreter does not compute bfloat16"
+    if max(q.shape[0], q.shape[2]) > MAX_GRID:
+        return f"batch {q.shape[0]} or heads {q.shape[2]} exceed the {MAX_GRID} of a launch grid"
     return backends.triton_reason(q, k, v)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from raven import backends
-from raven.errors import check_dtype, check_level, check_same_device, check_shape
+from raven.errors import check_dtype, check_level, check_no_tangent, check_same_device, check_shape
 from raven.reference import consistency_step as reference
 from raven.schedule import Level, compute_dtype, level_table
 
@@ -47,6 +47,7 @@ def consistency_step(
         check_dtype(name, x, DTYPES)
         check_same_device(name, x, "v", v)
         check_shape(name, x, v.shape)
+    check_no_tangent("consistency_step", v, x_t, noise)
     if v.dim() == 0:
         raise ValueError("v: got shape (), expected [B, ...]")
     if noise is not None and generator is not None:

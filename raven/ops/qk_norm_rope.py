@@ -7,7 +7,7 @@ import math
 import torch
 
 from raven import backends
-from raven.errors import check_dtype, check_same_device, check_shape
+from raven.errors import check_dtype, check_no_tangent, check_same_device, check_shape
 from raven.reference import qk_norm_rope as reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -83,9 +83,10 @@ def check_arguments(
     check_shape("positions", positions, (L, 3) if positions.ndim == 2 else (B, L, 3))
     check_dtype("positions", positions, (torch.int32,))
     check_same_device("positions", positions, "q", q)
-    if not (math.isfinite(eps) and eps >= 0):
+    check_no_tangent("qk_norm_rope", q, k, q_weight, k_weight)
+    if not 0 <= eps < math.inf:  # math.isfinite does not trace with dynamic shapes
         raise ValueError(f"eps: got {eps}, expected a finite number that is not negative")
-    if not (math.isfinite(theta) and theta > 0):
+    if not 0 < theta < math.inf:
         raise ValueError(f"theta: got {theta}, expected a positive finite number")
 
 

@@ -48,7 +48,7 @@ def chunk_attention_forward(
     q, k, v = (_inner_contiguous(x) for x in (q, k, v))
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full((B, H, Lq), float("-inf"), dtype=dtype, device=q.device)
-    for (q0, q1), keys in _ranges(q_ranges, kv_indptr, kv_ranges):
+    for (q0, q1), keys in _ranges(q_ranges, kv_indptr, kv_ranges) if q.numel() else ():
         if q0 == q1 or not keys:
             continue
         qi, ki, vi = (x.transpose(1, 2) for x in (q[:, q0:q1], _gather(k, keys, H), _gather(v, keys, H)))
@@ -82,7 +82,7 @@ def chunk_attention_backward(
     q, k, v, grad_out = (_inner_contiguous(x) for x in (q, k, v, grad_out))
     dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (k, v))
-    for (q0, q1), keys in _ranges(q_ranges, kv_indptr, kv_ranges):
+    for (q0, q1), keys in _ranges(q_ranges, kv_indptr, kv_ranges) if q.numel() else ():
         if q0 == q1 or not keys:
             continue
         qi, ki, vi, oi, gi = (
