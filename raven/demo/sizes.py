@@ -135,10 +135,10 @@ SIZES = {
                 "freq_dim": 256,
                 "patch_size": (1, 4, 4),
             },
-            teacher=PretrainConfig(steps=6000, batch=64, lr=1.5e-3, shift=3.0, pool=32768, **_SMALL),
-            start=PretrainConfig(steps=2000, batch=64, lr=1e-3, pool=32768, **_SMALL),
+            teacher=PretrainConfig(steps=5500, batch=64, lr=1.5e-3, shift=3.0, pool=32768, **_SMALL),
+            start=PretrainConfig(steps=1800, batch=64, lr=1e-3, pool=32768, **_SMALL),
             raven=DistillConfig(
-                steps=700,
+                steps=600,
                 batch=16,
                 accumulation=1,
                 rollout_every=2,
@@ -150,9 +150,7 @@ SIZES = {
                 guidance=2.0,
                 **_SMALL,
             ),
-            grpo=PolicyConfig(
-                steps=60, group=16, prompts=8, every_step=True, lr=1e-5, ema=0.9, grad_clip=1.0, **_SMALL
-            ),
+            grpo=PolicyConfig(steps=40, group=8, prompts=8, every_step=True, lr=1e-5, ema=0.9, grad_clip=1.0, **_SMALL),
             evaluation=Evaluation(
                 prompts=32, seeds=4, shown=4, teacher_steps=32, teacher_long_prompts=16, teacher_long_steps=32
             ),
