@@ -91,6 +91,8 @@ def measure(bench, name, direction, shape, peers=True):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("name", CASES)
 def test_step(bench, name, direction):
+    if CASES[name][0] == 1 and direction == "backward":
+        pytest.skip("a captured backward needs its forward in the same capture")
     measure(bench, name, direction, CASES[name])
 
 

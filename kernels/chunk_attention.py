@@ -271,13 +271,13 @@ def _inner_contiguous(x: torch.Tensor) -> torch.Tensor:
 
 
 def _use_tma(*tensors: torch.Tensor) -> bool:
-    """Whether the copy engine of Hopper and later can fetch tiles of these tensors (16-byte rows and strides)."""
+    """Whether the copy engine of Hopper and later can fetch tiles: aligned rows and strides, nothing expanded."""
     return all(
         x.is_cuda
         and x.element_size() == 2
         and x.numel() > 0
         and x.data_ptr() % 16 == 0
-        and all(stride % 8 == 0 for stride in x.stride()[:3])
+        and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:3])
         for x in tensors
     ) and torch.cuda.get_device_capability(tensors[0].device) >= (9, 0)
 
@@ -315,14 +315,14 @@ def backward_configs(head_dim: int, dtype: torch.dtype, capability: int) -> tupl
             return Config(32, 32, 4, 1), Config(32, 32, 4, 1)
         return Config(64, 32, 4, 2), Config(32, 64, 4, 2)
     if head_dim == 256:
-        return Config(64, 32, 8, 1), Config(32, 64, 8, 1)
+        return Config(64, 32, 8, 1), Config(32, 64 if _is_large(capability) else 32, 8, 1)
     if head_dim == 128 and _is_large(capability):
         return Config(128, 64, 8, 3), Config(64, 64, 4, 2)
     return Config(64, 64, 4, 2), Config(64, 64, 4, 2)
 
 
 def _is_large(capability: int) -> bool:
-    """Whether an SM has the shared memory of Hopper's and Blackwell's data-centre parts, 227 KiB."""
+    """Whether an SM has the 227 KiB of shared memory of Hopper's and Blackwell's data-centre parts."""
     return capability in (90, 100, 103)
 
 

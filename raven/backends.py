@@ -138,6 +138,8 @@ def triton_reason(*args: object) -> str | None:
         if not arg.is_cuda:
             if not interpreting():
                 return f"the tensors are on {arg.device.type}, and TRITON_INTERPRET is not 1"
+            if arg.dtype == torch.bfloat16:
+                return "Triton's interpreter does not compute bfloat16"
         elif _capability(arg.device.index) < (8, 0):
             return f"compute capability {_capability(arg.device.index)} is below (8, 0)"
     return None

@@ -104,7 +104,7 @@ SIZES = {
             teacher=PretrainConfig(steps=14000, batch=64, lr=2e-3, shift=3.0, pool=32768, **_TINY),
             start=PretrainConfig(steps=9000, batch=64, lr=2e-3, pool=32768, **_TINY),
             raven=DistillConfig(
-                steps=96,
+                steps=120,
                 batch=4,
                 accumulation=1,
                 rollout_every=2,

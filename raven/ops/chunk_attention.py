@@ -182,8 +182,6 @@ def _triton_reason(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | N
         return f"head_dim {q.shape[-1]} is not one of {HEAD_DIMS}"
     if q.dtype == torch.float32 and q.shape[-1] == 256:
         return "float32 with head_dim 256 has no tiles: full float32 products at that width take minutes to compile"
-    if q.dtype == torch.bfloat16 and not q.is_cuda and backends.interpreting():
-        return "Triton's interpreter does not compute bfloat16"
     if max(q.shape[0], q.shape[2]) > MAX_GRID:
         return f"batch {q.shape[0]} or heads {q.shape[2]} exceed the {MAX_GRID} of a launch grid"
     return backends.triton_reason(q, k, v)
@@ -221,10 +219,12 @@ class DevicePlan:
     def __init__(self, tiles: TilePlan, device: torch.device):
         self.num_tiles = len(tiles.q_tiles)
         names = ("q_tiles", "full_indptr", "full_starts", "tail_indptr", "tails")
-        # One element of padding: the kernels read one tile ahead of the loop.
-        flat = [torch.from_numpy(getattr(tiles, name)).reshape(-1) for name in names]
-        packed = torch.cat([torch.cat([x, x.new_zeros(1)]) for x in flat]).to(device)
-        for name, part in zip(names, packed.split([len(x) + 1 for x in flat]), strict=True):
+        parts = [torch.from_numpy(getattr(tiles, name)).reshape(-1) for name in names]
+        # At least one element of padding, because the kernels read one tile ahead of the loop; and every list begins
+        # at 16 bytes, because Triton compiles a kernel anew for pointers of another alignment.
+        padded = [torch.nn.functional.pad(x, (0, 4 - len(x) % 4)) for x in parts]
+        packed = torch.cat(padded).to(device)
+        for name, part in zip(names, packed.split([len(x) for x in padded]), strict=True):
             setattr(self, name, part)
 
 

@@ -94,9 +94,6 @@ def triton_reason(q: object, *others: object) -> str | None:
     """Why the Triton kernels of ``qk_norm_rope`` and ``kv_append`` cannot run on these tensors, or ``None``."""
     if isinstance(q, torch.Tensor) and q.shape[-1] not in (16, 32, 64, 128, 256):
         return f"head dim {q.shape[-1]} is not one of 16, 32, 64, 128, 256"
-    for x in (q, *others):
-        if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 and not x.is_cuda:
-            return "Triton's interpreter does not compute bfloat16"
     return backends.triton_reason(q, *others)
 
 
