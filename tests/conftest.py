@@ -1,5 +1,7 @@
 """Shared fixtures, and the lanes: ``gpu`` tests need a GPU, ``interpret`` tests need TRITON_INTERPRET=1."""
 
+import signal
+
 import pytest
 import torch
 
@@ -26,3 +28,11 @@ def triton_backend():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C as in a terminal: a process that was started in the background ignores it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous or signal.SIG_DFL)

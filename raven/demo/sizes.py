@@ -115,7 +115,7 @@ SIZES = {
                 guidance=1.5,
                 **_TINY,
             ),
-            grpo=PolicyConfig(steps=12, group=8, prompts=2, lr=1e-5, ema=0.8, grad_clip=1.0, **_TINY),
+            grpo=PolicyConfig(steps=12, group=8, prompts=2, lr=3e-6, ema=0.8, grad_clip=1.0, **_TINY),
             evaluation=Evaluation(
                 prompts=6, seeds=3, shown=4, teacher_steps=16, teacher_long_prompts=2, teacher_long_steps=12
             ),
