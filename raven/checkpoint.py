@@ -16,10 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
-from raven.models.config import WanConfig
+try:
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file, save_file
+except ImportError as missing:
+    hint = "checkpoints need safetensors: pip install raven-kernels[train]"
+    raise ModuleNotFoundError(hint, name="safetensors") from missing
+
+from raven.models.config import WanConfig, read_object
 from raven.models.wan import CausalWan
 
 # Which model of a training checkpoint is taken when it holds several, the first that is there.
@@ -265,11 +270,29 @@ def _checkpoint_in(folder: Path) -> Path:
 def _config_of(path: Path) -> WanConfig | None:
     """The config stored in a safetensors file, or in a ``config.json`` of Wan's form beside the checkpoint."""
     if path.suffix == ".safetensors" and path.is_file() and "config" in (metadata := load_metadata(path)):
-        return WanConfig.from_dict(json.loads(metadata["config"]))
+        return WanConfig.from_dict(read_object(metadata["config"], f"the config in {path}"))
     beside = path.with_name("config.json")
-    if beside.is_file() and "dim" in json.loads(beside.read_text(encoding="utf-8")):
-        return WanConfig.from_json(beside)
+    if beside.is_file() and "dim" in (values := read_object(beside.read_bytes(), str(beside))):
+        return WanConfig.from_dict(values)
     return None
+
+
+def write_safetensors(
+    path: str | PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file whole or not at all; ``OSError`` that names it when it cannot be written."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode  # what the user's umask gives any new file; safetensors leaves its owner only
+        save_file(dict(tensors), partial, metadata=None if metadata is None else dict(metadata))
+        partial.chmod(mode)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
+        raise OSError(f"could not write {path} ({error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def save_checkpoint(
@@ -282,16 +305,11 @@ def save_checkpoint(
 
     ``dtype`` converts the weights on the way (float16 halves a small model that is shipped). ``metadata`` is kept in
     the file's header; ``raven generate`` reads how the model was trained to sample from its entry ``"raven"`` (JSON).
+    Raises ``OSError`` when it cannot be written.
     """
-    path = Path(path)
     state = {
         name: value.detach().to(dtype=dtype or value.dtype).contiguous().cpu()
         for name, value in model.state_dict().items()
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        header = {**(metadata or {}), "format": "pt", "config": json.dumps(model.config.to_dict())}
-        save_file(state, partial, metadata=header)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    header = {**(metadata or {}), "format": "pt", "config": json.dumps(model.config.to_dict())}
+    write_safetensors(path, state, header)

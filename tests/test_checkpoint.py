@@ -1,6 +1,7 @@
 """Checkpoints: every wrapping in use gives the same weights; what does not fit is named."""
 
 import json
+import resource
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -148,15 +149,41 @@ def test_save_and_load(tmp_path, model, dtype):
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_failed_save_leaves_the_old_file(tmp_path, model):
-    from safetensors import SafetensorError
+def test_a_saved_file_can_be_read_by_whom_the_umask_lets(tmp_path, model):
+    save_checkpoint(tmp_path / "model.safetensors", model)
+    (tmp_path / "plain").touch()
+    modes = [(tmp_path / name).stat().st_mode for name in ("model.safetensors", "plain")]
+    assert modes[0] == modes[1]
 
+
+def test_failed_save_leaves_the_old_file(tmp_path, model):
     path = tmp_path / "model.safetensors"
     path.mkdir()
     (path / "kept").write_text("old")
-    with pytest.raises((OSError, SafetensorError)):
+    with pytest.raises(OSError, match="model.safetensors"):
         save_checkpoint(path, model)
     assert (path / "kept").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_full_disk_leaves_the_old_file(tmp_path, model):
+    path = tmp_path / "model.safetensors"
+    path.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="could not write .*model.safetensors"):
+            save_checkpoint(path, model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("text, message", [("{", "is not a JSON file"), ("3", "holds a JSON int")])
+def test_unreadable_config_beside_a_checkpoint_is_named(tmp_path, model, text, message):
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"config.json {message}"):
+        load_model(tmp_path)
 
 
 def test_torch_file_and_folder_with_config(tmp_path, model):
