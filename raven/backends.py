@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from importlib import import_module
 
 import torch
 
@@ -67,14 +68,15 @@ def get_backend() -> str | None:
 
 
 def operators() -> tuple[str, ...]:
-    """Names of all registered ops."""
+    """Names of all ops, which register themselves when ``raven.ops`` is imported."""
+    import_module("raven.ops")
     return tuple(sorted(_registry))
 
 
 def explain(op: str, *args: object) -> Explanation:
     """Say which backend would run ``op(*args)`` and why the others would not."""
-    if op not in _registry:
-        raise ValueError(f"op: got {op!r}, expected one of {', '.join(operators())}")
+    if op not in (known := operators()):
+        raise ValueError(f"op: got {op!r}, expected one of {', '.join(known)}")
     reasons: dict[str, str | None] = {}
     for name in BACKENDS:
         why_not = _registry[op].get(name)

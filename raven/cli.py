@@ -7,8 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from raven.errors import BackendUnavailableError
-
 # Exit codes: 0 done, 2 the user's input cannot be used (one line says why), 130 interrupted.
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -27,11 +25,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or 'Interrupted.'}", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, TypeError, OSError, BackendUnavailableError, ModuleNotFoundError) as error:
+    except _user_errors() as error:
         if getattr(args, "traceback", False) or os.environ.get("RAVEN_TRACEBACK") == "1" or _is_a_bug(error):
             raise
         print(f"raven {args.command}: {_one_line(error)}", file=sys.stderr)
         return BAD_INPUT
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """What one line explains; looked up when something was raised, because it brings torch."""
+    from raven.errors import BackendUnavailableError
+
+    return ValueError, TypeError, OSError, FloatingPointError, BackendUnavailableError, ModuleNotFoundError
 
 
 def _is_a_bug(error: BaseException) -> bool:
@@ -160,7 +165,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--sink", type=int, help="first chunks that stay visible (default: as trained, else 0)")
     generate.add_argument("--window", type=int, help="past chunks that stay visible (default: as trained, else all)")
     generate.add_argument("--steps", type=int, help="sampling steps of one chunk (default: as trained, else 4)")
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--seed", type=int, default=0, help="video i is drawn from seed + i (default: 0)")
     generate.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     generate.add_argument("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, else float32)")
     generate.add_argument("--fps", type=float, help="frames per second of the mp4 (default: as trained, else 8)")

@@ -107,8 +107,6 @@ def _why_no_gpu() -> str:
 
 def _ops_on(device: str) -> dict[str, dict[str, Any]]:
     """What would run in the dtype and head size of the Wan models."""
-    import raven.ops  # noqa: F401  registers the ops
-
     heads = torch.zeros(1, 1, 1, 128, dtype=torch.bfloat16, device=device)  # [B, L, H, D]
     choices = {}
     for op in backends.operators():

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from raven.checkpoint import load_checkpoint, load_model
+from raven.checkpoint import load_checkpoint, load_model, write_safetensors
 from raven.demo import media
 from raven.models.config import WanConfig
 from raven.schedule import sampling_levels
@@ -160,6 +160,9 @@ def generate(request: Request) -> list[Path]:
     kind = request.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if kind not in DTYPES:
         raise ValueError(f"dtype: got {kind!r}, expected one of {', '.join(DTYPES)}")
+    fps = _default(request.fps, trained.get("fps"), 8.0)
+    if not 0 < fps < float("inf"):
+        raise ValueError(f"fps: got {fps}, expected a positive number of frames per second")
     context = _contexts(request, world, device)
     if out.suffix == ".mp4":
         media.need("imageio_ffmpeg", "writing mp4")
@@ -178,7 +181,6 @@ def generate(request: Request) -> list[Path]:
     chunks = stream.generate(frames, levels, generator=generators)
     if out.suffix == ".safetensors":
         return _write_latents(out, chunks, chunk, frames)
-    fps = _default(request.fps, trained.get("fps"), 8.0)
     return _write_videos(_outputs(out, stream.batch), chunks, chunk, frames, fps)
 
 
@@ -204,13 +206,11 @@ class _LiveLine:
 
 
 def _write_latents(path: Path, chunks: Any, chunk: int, frames: int) -> list[Path]:
-    from safetensors.torch import save_file
-
     line, finished = _LiveLine(chunk, frames), []
     for x in chunks:
         finished.append(x.float().cpu())
         line.add(x.shape[2])
-    save_file({"latents": torch.cat(finished, dim=2).contiguous()}, path)
+    write_safetensors(path, {"latents": torch.cat(finished, dim=2).contiguous()})
     return [path]
 
 

@@ -225,7 +225,8 @@ def cm_grpo_loss(
     (same normalisation and chunk weights; the paper uses none). ``kernel="euler_maruyama"`` with ``clip`` is Flow-GRPO.
     """
     if (clip is None) != (old_log_prob is None):
-        raise ValueError("old_log_prob: expected together with clip (the PPO ratio), and not without it")
+        got = "None" if old_log_prob is None else "one"
+        raise ValueError(f"old_log_prob: got {got} with clip {clip}, expected it with a clip (PPO ratio) and only then")
     if kl < 0 or (kl > 0 and reference is None):
         raise ValueError(
             f"kl: got {kl} with reference {type(reference).__name__}, expected 0, or more with a reference"

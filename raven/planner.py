@@ -137,7 +137,10 @@ def _checked_spans(q_ranges: Array, kv_indptr: Array, kv_ranges: Array) -> tuple
     if len(kv_indptr) != len(q_ranges) + 1:
         raise ValueError(f"kv_indptr: got {len(kv_indptr)} entries, expected {len(q_ranges) + 1}")
     if kv_indptr[0] != 0 or kv_indptr[-1] != len(kv_ranges) or (np.diff(kv_indptr) < 0).any():
-        raise ValueError(f"kv_indptr: expected to climb from 0 to {len(kv_ranges)}, the number of key ranges")
+        got = kv_indptr.tolist() if len(kv_indptr) <= 8 else f"{kv_indptr[:8].tolist()} ..."
+        raise ValueError(
+            f"kv_indptr: got {got}, expected to climb from 0 to {len(kv_ranges)}, the number of key ranges"
+        )
     for name, ranges in (("q_ranges", q_ranges), ("kv_ranges", kv_ranges)):
         bad = (ranges[:, 0] < 0) | (ranges[:, 1] < ranges[:, 0])
         if bad.any():

@@ -70,6 +70,8 @@ class Stream:
         negative_context: Context | None = None,
         guidance: float = 1.0,
     ) -> None:
+        if len(latent_shape) != 3:
+            raise ValueError(f"latent_shape: got {tuple(latent_shape)}, expected (C, H, W)")
         channels, height, width = latent_shape
         _, ph, pw = model.config.patch_size
         if channels != model.config.in_dim or height % ph or width % pw or min(height, width) < 1:
@@ -215,6 +217,8 @@ class Stream:
         Raises ``ValueError`` when ``frames`` does not end with a chunk.
         """
         _schedule(levels, sampler)
+        if frames is not None:
+            check_int("frames", frames, 1)
         end = self.max_frames if frames is None else self.frame + frames
         if self._cache is None and self.max_frames is None and self.window is None:
             self.max_frames = end

@@ -1,6 +1,7 @@
 """The command line: help, exit codes, one clear line per error, and ``raven generate``."""
 
 import json
+import resource
 import subprocess
 import sys
 
@@ -77,10 +78,10 @@ def test_no_command_prints_help(capsys):
     assert "usage: raven" in capsys.readouterr().out
 
 
-def test_help_does_not_import_the_model():
+def test_help_does_not_wait_for_torch():
     code = (
         "import sys; from raven import cli; cli.build_parser().format_help();"
-        "print([m for m in ('raven.models', 'raven.ops', 'matplotlib', 'triton') if m in sys.modules])"
+        "print([m for m in ('torch', 'numpy', 'raven.models', 'raven.ops') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
@@ -129,6 +130,23 @@ def test_missing_optional_package_is_one_line(monkeypatch, capsys, checkpoint, t
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     line = failure(capsys, "generate", "--checkpoint", checkpoint, "--prompt", PROMPT, "-o", tmp_path / "a.mp4")
     assert "pip install raven-kernels[demo]" in line
+
+
+def test_checkpoints_without_safetensors_are_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    for name in [name for name in sys.modules if name.startswith(("raven.checkpoint", "raven.generate"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("raven.generate")
+    line = failure(capsys, "generate", "--checkpoint", "x.safetensors", "--prompt", PROMPT)
+    assert "checkpoints need safetensors: pip install raven-kernels[train]" in line
+
+
+def test_diverged_training_is_one_line(monkeypatch, capsys):
+    def diverged(request):
+        raise FloatingPointError("loss is nan at step 3; lower the learning rate")
+
+    monkeypatch.setattr(generate, "generate", diverged)
+    assert "loss is nan at step 3" in failure(capsys, "generate", "--checkpoint", "x", "--prompt", PROMPT)
 
 
 def test_interruption_has_its_own_exit_code(monkeypatch, capsys):
@@ -190,6 +208,8 @@ def test_bad_input_of_generate_is_one_line(checkpoint, bare_checkpoint, tmp_path
     )
     assert "prompt: got none" in failure(capsys, *good)
     assert "frames: got 5" in failure(capsys, *good, "--prompt", PROMPT, "--frames", 5)
+    assert "frames: got 0" in failure(capsys, *good, "--prompt", PROMPT, "--frames", 0)
+    assert "fps: got 0" in failure(capsys, *good, "--prompt", PROMPT, "--fps", 0)
     assert "device: got 'warp'" in failure(capsys, *good, "--prompt", PROMPT, "--device", "warp")
     assert "dtype: got 'int8'" in failure(capsys, *good, "--prompt", PROMPT, "--dtype", "int8")
     assert "out: got 'out.gif'" in failure(capsys, *good, "--prompt", PROMPT, "-o", tmp_path / "out.gif")
@@ -222,3 +242,18 @@ def test_output_that_cannot_be_written_is_found_before_sampling(checkpoint, tmp_
         capsys, "generate", "--checkpoint", checkpoint, "--prompt", PROMPT, "-o", tmp_path / "file" / "o.mp4"
     )
     assert "file" in line
+
+
+def test_latents_that_do_not_fit_on_the_disk_are_one_line(bare_checkpoint, world, tmp_path, capsys):
+    save_file({"context": torch.zeros(1, world.text_len, world.text_dim)}, tmp_path / "text.safetensors")
+    out = tmp_path / "out" / "latents.safetensors"
+    argv = ["--context", tmp_path / "text.safetensors", "-o", out, "--latent-size", "64x64", "--frames", 3]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        code = cli.main(["generate", "--checkpoint", str(bare_checkpoint), *map(str, argv)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == cli.BAD_INPUT
+    assert f"could not write {out}" in capsys.readouterr().err
+    assert list(out.parent.iterdir()) == []

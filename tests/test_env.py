@@ -1,6 +1,9 @@
 """``raven env``: facts for programs and for people."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -62,3 +65,17 @@ def test_unknown_backend(monkeypatch):
     monkeypatch.setenv("RAVEN_BACKEND", "cudda")
     with pytest.raises(ValueError, match="RAVEN_BACKEND: got 'cudda'"):
         env.collect()
+
+
+def test_a_name_that_is_no_backend():
+    with pytest.raises(ValueError, match="name: got 'gpu', expected one of cuda, triton, reference"):
+        raven.set_backend("gpu")
+    with pytest.raises(ValueError, match="op: got 'attention', expected one of chunk_attention, consistency_step"):
+        raven.explain("attention")
+
+
+def test_explain_needs_no_other_import():
+    code = "import raven, torch; q = torch.ones(1, 1, 1, 32); print(raven.explain('chunk_attention', q, q, q).chosen)"
+    environment = {**os.environ, "RAVEN_BACKEND": "reference"}
+    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "reference"

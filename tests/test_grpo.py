@@ -251,7 +251,7 @@ def test_kl_to_itself_is_zero_and_to_another_is_positive_with_gradient(model):
 def test_loss_refuses_half_a_ratio_and_a_kl_to_nothing(model):
     played, context = play(model)
     step = transition(played, torch.tensor([0, 1, 2, 1]))
-    with pytest.raises(ValueError, match="old_log_prob"):
+    with pytest.raises(ValueError, match="old_log_prob: got None with clip"):
         cm_grpo_loss(model, step, torch.zeros(4), context, CHUNKS, clip=1e-4)
     with pytest.raises(ValueError, match="kl: got 0.1"):
         cm_grpo_loss(model, step, torch.zeros(4), context, CHUNKS, kl=0.1)

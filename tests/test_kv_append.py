@@ -159,6 +159,14 @@ def test_bad_arguments(error, message, change):
     assert all((x == CANARY).all() for x in (*cache.k, *cache.v))
 
 
+def test_forward_mode_derivative_is_not_dropped():
+    cache = make_cache()
+    cache.begin(5, frame=0, frames=1)
+    q, k, v, *rest = make_all()
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="kv_append: forward-mode derivatives"):
+        torch.func.jvp(lambda v: kv_append(q, k, v, *rest, cache, 0), (v,), (v,))
+
+
 def test_needs_a_chunk_in_flight():
     with pytest.raises(RuntimeError, match="begin"):
         kv_append(*make_all(), make_cache(), 0)

@@ -167,6 +167,7 @@ def test_bad_stream_arguments():
     for change, message in (
         ({"latent_shape": (3, 4, 4)}, "latent_shape: got"),
         ({"latent_shape": (4, 5, 4)}, "latent_shape: got"),
+        ({"latent_shape": (4, 4)}, r"latent_shape: got \(4, 4\), expected \(C, H, W\)"),
         ({"chunk_frames": 0}, "chunk_frames: got 0"),
         ({"chunk_frames": []}, "chunk_frames: got"),
         ({"context": [torch.zeros(9, 12)]}, "expected at most text_len"),
@@ -190,6 +191,9 @@ def test_bad_stream_arguments():
     for levels in ([], [0.5, 0.9], [1.2], [1.0, 0.0]):
         with pytest.raises(ValueError, match="levels: got"):
             stream.generate(levels=levels)
+    for frames in (0, -2):
+        with pytest.raises(ValueError, match=f"frames: got {frames}, expected at least 1"):
+            stream.generate(frames)
     with pytest.raises(ValueError, match="frames: got 3 frames in all"):
         stream.generate(3)
     with pytest.raises(ValueError, match="generator: got 1 generators, expected one or 2"):

@@ -11,7 +11,6 @@ from types import ModuleType
 import numpy as np
 
 INSTALL_HINT = "pip install raven-kernels[demo]"
-OPTIONAL_PACKAGES = ("PIL", "imageio_ffmpeg", "matplotlib", "tqdm")
 
 
 def need(package: str, purpose: str) -> ModuleType:

@@ -20,6 +20,17 @@ _DESCRIPTIVE: dict[str, tuple[Any, ...] | None] = {
 }
 
 
+def read_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """The JSON object in ``text``; ``ValueError`` that says ``where`` it was when it is none."""
+    try:
+        values = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"path: {where} is not a JSON file ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"path: {where} holds a JSON {type(values).__name__}, expected an object")
+    return values
+
+
 @dataclass(frozen=True)
 class WanConfig:
     """Sizes of a Wan2.1 text-to-video transformer; the defaults are those of the 1.3B model.
@@ -89,13 +100,7 @@ class WanConfig:
     @classmethod
     def from_json(cls, path: str | PathLike[str]) -> WanConfig:
         """Read a ``config.json`` (ours or Wan's own). ``ValueError`` when it is not JSON or has unknown keys."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"path: {path} is not a JSON file ({error})") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"path: {path} holds a JSON {type(values).__name__}, expected an object")
-        return cls.from_dict(values)
+        return cls.from_dict(read_object(Path(path).read_bytes(), str(path)))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from raven import backends
-from raven.errors import check_dtype, check_same_device, check_shape
+from raven.errors import check_dtype, check_no_tangent, check_same_device, check_shape
 from raven.ops.qk_norm_rope import DTYPES, check_arguments, triton_reason
 from raven.reference import kv_append as reference
 
@@ -49,6 +49,7 @@ def kv_append(
         TypeError: an unsupported dtype, or k or v of another dtype than q.
         BackendUnavailableError: the backend asked for by name cannot run these tensors.
     """
+    check_no_tangent("kv_append", q, k, v, q_weight, k_weight)
     check_arguments(q, k, q_weight, k_weight, positions, eps, theta, per_head)
     check_shape("v", v, tuple(k.shape))
     check_dtype("v", v, (q.dtype,))

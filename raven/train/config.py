@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
+
+from raven.models.config import read_object
 
 Self = TypeVar("Self", bound="Config")
 
@@ -66,13 +67,7 @@ class Config:
     @classmethod
     def from_json(cls: type[Self], path: str | PathLike[str]) -> Self:
         """Read a JSON object of settings."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"path: {path} is not a JSON file ({error})") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"path: {path} holds a JSON {type(values).__name__}, expected an object")
-        return cls.from_dict(values)
+        return cls.from_dict(read_object(Path(path).read_bytes(), str(path)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -77,13 +77,15 @@ class PromptFile:
         embeddings: Sequence[torch.Tensor],
         negative: torch.Tensor | None = None,
     ) -> None:
-        """Write a prompt file from prompts and their embeddings ``[n_i, text_dim]``."""
+        """Write a prompt file, whole or not at all, from prompts and their embeddings ``[n_i, text_dim]``."""
+        from raven.checkpoint import write_safetensors
+
         if len(prompts) != len(embeddings) or not prompts:
             raise ValueError(f"embeddings: got {len(embeddings)} for {len(prompts)} prompts, expected one for each")
         tensors = {str(i): rows.contiguous() for i, rows in enumerate(embeddings)}
         if negative is not None:
             tensors["negative"] = negative.contiguous()
-        _safetensors("torch").save_file(tensors, str(path), metadata={"prompts": json.dumps(list(prompts))})
+        write_safetensors(path, tensors, {"prompts": json.dumps(list(prompts))})
 
 
 def _safetensors(name: str) -> Any:
