@@ -16,7 +16,7 @@ from raven import backends, planner
 
 # What the extras bring, and numpy and triton.
 PACKAGES = (
-    "numpy", "triton", "safetensors", "tqdm", "matplotlib", "pillow", "imageio", "imageio-ffmpeg", "diffusers",
+    "numpy", "triton", "safetensors", "tqdm", "matplotlib", "pillow", "imageio-ffmpeg", "diffusers",
     "transformers", "accelerate", "cupy-cuda12x", "cupy-cuda13x",
 )  # fmt: skip
 
