@@ -13,10 +13,11 @@ class BackendUnavailableError(RuntimeError):
 
 
 def check_shape(name: str, tensor: torch.Tensor, shape: Sequence[int | str | None]) -> None:
-    """Raise ``ValueError`` unless ``tensor.shape`` matches ``shape``.
+    """Raise ``ValueError`` unless ``tensor.shape`` matches ``shape``, ``TypeError`` for something that is no tensor.
 
     An ``int`` must match exactly; a string is a letter for the message (any size); ``None`` is any size.
     """
+    _check_tensor(name, tensor)
     sizes = tuple(tensor.shape)
     fits = len(sizes) == len(shape) and all(
         not isinstance(want, int) or got == want for got, want in zip(sizes, shape, strict=True)
@@ -26,8 +27,14 @@ def check_shape(name: str, tensor: torch.Tensor, shape: Sequence[int | str | Non
         raise ValueError(f"{name}: got shape {sizes}, expected [{want}]")
 
 
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+
+
 def check_dtype(name: str, tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> None:
-    """Raise ``TypeError`` unless ``tensor.dtype`` is one of ``dtypes``."""
+    """Raise ``TypeError`` unless ``tensor`` is one and its dtype one of ``dtypes``."""
+    _check_tensor(name, tensor)
     if tensor.dtype not in dtypes:
         takes = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name}: got dtype {str(tensor.dtype).removeprefix('torch.')}, expected {takes}")

@@ -346,6 +346,8 @@ def test_bad_arguments():
         (ValueError, r"v: got shape", (q, q, q[:, :-1], layout)),
         (ValueError, r"q: got head dim 0", (q[..., :0], q[..., :0], q[..., :0], layout)),
         (ValueError, r"k: got 3 heads, expected a divisor of the 4 heads", (q, q[:, :, :3], q[:, :, :3], layout)),
+        (TypeError, "q: got ndarray, expected a tensor", (q.numpy(), q, q, layout)),
+        (TypeError, "k: got NoneType, expected a tensor", (q, None, q, layout)),
         (TypeError, r"q: got dtype int32", (q.int(), q.int(), q.int(), layout)),
         (TypeError, r"k: got dtype float64, expected float32", (q, q.double(), q.double(), layout)),
         (ValueError, r"k: got device meta, expected cpu", (q, q.to("meta"), q.to("meta"), layout)),

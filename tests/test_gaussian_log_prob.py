@@ -272,6 +272,7 @@ def test_second_derivative_is_an_error():
             r"x_t: got shape \(2, 3, 4, 5, 5\), expected \[2, 3, 4, 5, 6\]",
         ),
         ({"x_s": torch.zeros(2, 3, 4, 5, 6, dtype=torch.int32)}, TypeError, "x_s: got dtype int32"),
+        ({"x_s": [1.0]}, TypeError, "x_s: got list, expected a tensor"),
         ({"x_s": torch.rand(2, 3, 4, 5, 6, device="meta")}, ValueError, "x_s: got device meta, expected cpu like v"),
         ({"chunk_frames": (2, 3)}, ValueError, r"chunk_frames: got \(2, 3\), expected positive sizes with sum 4"),
         ({"chunk_frames": ()}, ValueError, r"chunk_frames: got \(\)"),
