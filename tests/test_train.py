@@ -14,7 +14,7 @@ from tiny_train import CHUNKS, SHAPE, assert_same, brightness, make, tiny
 
 from raven.checkpoint import load_model, save_checkpoint
 from raven.stream import rollout
-from raven.train import DistillConfig, Interrupted, PolicyConfig, checkpointing, distill, policy, run
+from raven.train import DistillConfig, Interrupted, PolicyConfig, checkpointing, distill, distributed, policy, run
 from raven.train.files import read_settings
 from raven.train.loop import read_metrics
 from raven.train.optim import Ema, warmup_cosine
@@ -186,6 +186,31 @@ def test_settings_from_file_and_pairs(tmp_path):
         PolicyConfig(updates_per_rollout=2)
     with pytest.raises(ValueError, match="history: got 'none'"):
         DistillConfig(history="none")
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("batch=two", "batch: got 'two', expected an integer"),
+        ("batch=1.5", "batch: got 1.5, expected an integer"),
+        ("batch=true", "batch: got True, expected an integer"),
+        ("chunk_frames=3", "chunk_frames: got 3, expected a list of numbers"),
+        ("student_lr=fast", "student_lr: got 'fast', expected a number"),
+        ("amp=1", "amp: got 1, expected true or false"),
+        ("history=null", "history: got None, expected a text"),
+        ("window=all", "window: got 'all', expected a number or None"),
+    ],
+)
+def test_settings_of_another_kind_are_named(pair, message):
+    with pytest.raises(TypeError, match=message):
+        read_settings(DistillConfig, None, [pair])
+
+
+@pytest.mark.parametrize("device", ["warp", "meta"])
+def test_unusable_device_is_named(device):
+    with pytest.raises(ValueError, match=f"device: got '{device}', expected 'cpu' or 'cuda'"):
+        with distributed.process_group(device):
+            pass
 
 
 def test_prompt_file_pads_and_draws(tmp_path):

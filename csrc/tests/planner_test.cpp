@@ -84,7 +84,9 @@ void test_random_spans() {
         const int block_q = 1 + random() % 9, block_k = 1 + random() % 9;
         const raven::TilePlan plan = raven::plan(spans.view(), block_q, block_k);
         check(dense_of(plan, block_k) == dense, name + ": tiles cover every pair once");
-        for (const raven::Tail& tail : plan.tails) check(0 < tail.length && tail.length < block_k, name + ": tail length");
+        for (const raven::Tail& tail : plan.tails) {
+            check(0 < tail.length && tail.length < block_k, name + ": tail length");
+        }
         for (std::size_t i = 0; i < plan.q_tiles.size(); ++i) {
             check(0 < plan.q_tiles[i].length && plan.q_tiles[i].length <= block_q, name + ": query tile length");
             check(i == 0 || plan.q_tiles[i - 1].cost >= plan.q_tiles[i].cost, name + ": costliest first");

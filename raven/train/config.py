@@ -17,6 +17,25 @@ HISTORIES = ("raven", "self_forcing")
 METHODS = ("cm_grpo", "flow_grpo")
 
 
+def _check_kind(name: str, value: Any, default: Any) -> None:
+    """Raise ``TypeError`` unless a setting is of the kind of its default; ``None`` stands for an optional number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if default is None:
+        fits, kind = value is None or number, "a number or None"
+    elif isinstance(default, tuple):
+        fits = isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value)
+        kind = "a list of numbers"
+    elif isinstance(default, float):
+        fits, kind = number, "a number"
+    else:  # a bool is an int to isinstance, but no count
+        fits, kind = (
+            type(value) is type(default),
+            {int: "an integer", bool: "true or false", str: "a text"}[type(default)],
+        )
+    if not fits:
+        raise TypeError(f"{name}: got {value!r}, expected {kind}")
+
+
 @dataclass(frozen=True)
 class Config:
     """What every loop has: where chunks begin, the shape of a latent frame, the seed, the precision."""
@@ -29,6 +48,8 @@ class Config:
     grad_clip: float | None = None
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            _check_kind(f.name, getattr(self, f.name), f.default)
         for name in ("chunk_frames", "latent_shape", "betas"):
             if hasattr(self, name):
                 object.__setattr__(self, name, tuple(getattr(self, name)))

@@ -34,9 +34,15 @@ def process_group(device: str | torch.device | None = None) -> Iterator[torch.de
     """Join the process group that ``torchrun`` describes, if it does, and yield this process's device.
 
     NCCL on GPUs (one per process), gloo on CPUs. ``device``: ``"cpu"``, ``"cuda"`` or None for what there is. Raises
-    ``ValueError`` when CUDA is asked for and there is none, or when there are more local processes than GPUs.
+    ``ValueError`` for another device, when CUDA is asked for and there is none, or when there are more local processes
+    than GPUs.
     """
-    kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise ValueError(f"device: got {device!r}, expected 'cpu' or 'cuda'") from error
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {device!r}, expected 'cpu' or 'cuda'")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got 'cuda', expected 'cpu' (PyTorch sees no GPU)")
     local = int(os.environ.get("LOCAL_RANK", "0"))
