@@ -53,6 +53,8 @@ def frame_weights(chunk_frames: Sequence[int], alpha: float, device: torch.devic
 
 
 def _check_chunks(name: str, x: torch.Tensor, chunk_frames: Sequence[int]) -> None:
+    if isinstance(chunk_frames, int):
+        raise TypeError(f"chunk_frames: got {chunk_frames}, expected the frames of each chunk")
     check_shape(name, x, ("B", "C", sum(chunk_frames), "H", "W"))
 
 

@@ -90,6 +90,8 @@ def test_dmd_refuses_chunks_that_do_not_cover_the_video():
     x = latents()
     with pytest.raises(ValueError, match="x0: got shape"):
         dmd_loss(x, x, x, (3, 2))
+    with pytest.raises(TypeError, match="chunk_frames: got 2, expected the frames of each chunk"):
+        dmd_loss(x, x, x, 2)
     with pytest.raises(ValueError, match="real: got shape"):
         dmd_loss(x, x, x[:, :, :1], CHUNKS)
 

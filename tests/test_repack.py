@@ -283,8 +283,20 @@ def test_bad_input(change, message):
         repacked_forward(tiny_model(), **arguments)
 
 
+def test_latents_must_be_floating_point():
+    x_t, x_0, t, context = tiny_inputs(6)
+    with pytest.raises(TypeError, match="x: got dtype int64, expected float32"):
+        repacked_forward(tiny_model(), x_t.long(), x_0, t, context, 2)
+    with pytest.raises(TypeError, match="x_0: got dtype int64, expected float32"):
+        repacked_forward(tiny_model(), x_t, x_0.long(), t, context, 2)
+    with pytest.raises(ValueError, match="x: got device meta, expected cpu like the model"):
+        repacked_forward(tiny_model(), x_t.to("meta"), x_0, t, context, 2)
+
+
 def test_text_must_be_encoded():
     x_t, x_0, t, _ = tiny_inputs(6)
+    with pytest.raises(TypeError, match="context: got NoneType, expected encoded prompts"):
+        repacked_forward(tiny_model(), x_t, x_0, t, None, 2)
     with pytest.raises(TypeError, match="context.0.: got str, expected an encoded prompt"):
         repacked_forward(tiny_model(), x_t, x_0, t, ["a red circle"] * 2, 2)
     with pytest.raises(TypeError, match="model: got Linear, expected a CausalWan"):

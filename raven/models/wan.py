@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from raven.cache import KVCache
-from raven.errors import check_level, check_same_device, check_shape
+from raven.errors import check_dtype, check_level, check_same_device, check_shape
 from raven.layout import ChunkLayout
 from raven.models.config import WanConfig
 from raven.models.layers import Attend, Block, Head, StopWhere, wide
@@ -62,6 +62,7 @@ class TextCache:
 
 
 Context = TextCache | torch.Tensor | Sequence[torch.Tensor]
+LATENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class CausalWan(nn.Module):
@@ -142,6 +143,8 @@ class CausalWan(nn.Module):
         """
         if isinstance(context, TextCache):
             return context
+        if not isinstance(context, torch.Tensor | Sequence):
+            raise TypeError(f"context: got {type(context).__name__}, expected encoded prompts or a TextCache")
         config = self.config
         rows = [*context]
         for i, row in enumerate(rows):
@@ -182,10 +185,12 @@ class CausalWan(nn.Module):
         Cached: with ``cache``, ``x`` is the chunk in flight, starting at ``frame``; no gradient. ``write_only``
         stops after the last layer's keys and values are written, and returns ``None``.
         With neither, attention is bidirectional over all of ``x``.
-        The result has the dtype of ``x``. Raises ``ValueError`` for shapes, levels or devices that do not fit.
+        The result has the dtype of ``x``. Raises ``ValueError`` for shapes, levels or devices that do not fit,
+        ``TypeError`` for latents that are not floating point.
         """
         config = self.config
         check_shape("x", x, ("B", config.in_dim, "F", "H", "W"))
+        check_dtype("x", x, LATENT_DTYPES)
         check_same_device("x", x, "the model", self.patch_embedding.weight)
         _, ph, pw = config.patch_size
         rows, columns = x.shape[3] // ph, x.shape[4] // pw
@@ -250,6 +255,7 @@ class CausalWan(nn.Module):
         if x_0 is None:
             return None
         check_shape("x_0", x_0, tuple(x.shape))
+        check_dtype("x_0", x_0, LATENT_DTYPES)
         check_same_device("x_0", x_0, "x", x)
         # Past results are constants: only how the current weights encode them is learned.
         return patchify(x_0.detach().to(x.dtype), self.config.patch_size) if packing.has_clean else None
