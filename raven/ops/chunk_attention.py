@@ -6,6 +6,7 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from raven import backends
@@ -209,7 +210,10 @@ def device_plan(
     block_k: int,
     device: torch.device,
 ) -> DevicePlan:
-    """The tile lists of these ranges on the device, made at the first call and kept: a CUDA graph holds them."""
+    """The tile lists of these ranges on the device, made at the first call and kept until 1,024 newer ones are.
+
+    A CUDA graph has their addresses: it must not be replayed after they went.
+    """
     return _device_plan(*(x.numpy().tobytes() for x in (q_ranges, kv_indptr, kv_ranges)), block_q, block_k, device)
 
 
@@ -236,7 +240,5 @@ def _device_plan(
 
 
 def _arrays(q_ranges: bytes, kv_indptr: bytes, kv_ranges: bytes):
-    import numpy as np
-
     q, p, k = (np.frombuffer(x, dtype=np.int32) for x in (q_ranges, kv_indptr, kv_ranges))
     return q.reshape(-1, 2), p, k.reshape(-1, 2)
