@@ -62,8 +62,9 @@ def _softmax_step(
     if not FULL:
         s = tl.where(tl.arange(0, ROWS)[None, :] < length, s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
-    p = tl.exp2(s * scale_log2 - m_new[:, None])
-    correction = tl.exp2(m - m_new)
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # no weight yet, instead of exp2(-inf - -inf)
+    p = tl.exp2(s * scale_log2 - shift[:, None])
+    correction = tl.exp2(m - shift)
     total = total * correction + tl.sum(p, 1)
     acc = acc * correction[:, None]
     v = _load_rows(V, b, h, start, length, stride_vb, stride_vl, stride_vh, ROWS, D, FULL, TMA)

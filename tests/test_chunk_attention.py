@@ -443,3 +443,27 @@ def test_gpu_memory_is_outputs_and_statistics():
     chunk_attention(*inputs, layout)
     extra = peak_extra_bytes(lambda: torch.autograd.grad(chunk_attention(*inputs, layout), inputs, grad))
     assert extra <= 4 * one + 3 * statistics + 2**20, "out, dq, dk, dv and two rows of float32 statistics"
+
+
+def check_infinite_scores(device, dtype):
+    """Scores of -inf weigh nothing, also when a query's first tile, or all of its keys, has no other."""
+    q, k, v = (torch.randn(1, 300, 2, 64, device=device).to(dtype) for _ in range(3))
+    q[..., 0] = 1.0
+    k[:, :200, :, 0] = float("-inf")
+    spans = Spans.build([((0, 150), [(0, 300)]), ((150, 300), [(0, 200)])])
+    out, lse = chunk_attention(q, k, v, spans, return_lse=True)
+    want, want_lse = chunk_attention(q[:, :150], k[:, 200:], v[:, 200:], Spans.full(150, 100), return_lse=True)
+    assert relative_rms(out[:, :150], want.double()) <= tolerance(dtype).rms
+    assert relative_rms(lse[:, :, :150], want_lse.double()) <= 1e-6
+    assert (out[:, 150:] == 0).all() and (lse[:, :, 150:] == float("-inf")).all()
+
+
+@pytest.mark.interpret
+def test_interpreted_infinite_scores(triton_backend):
+    check_infinite_scores("cpu", torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_gpu_infinite_scores(dtype):
+    check_infinite_scores("cuda", dtype)
