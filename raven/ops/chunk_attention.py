@@ -11,6 +11,8 @@ import torch
 
 from raven import backends
 from raven.errors import check_dtype, check_no_tangent, check_same_device, check_shape
+from raven.ops import _chunk_attention_cuda as cuda
+from raven.ops._device_lists import held_by_graphs
 from raven.planner import TilePlan, plan, transpose
 from raven.reference import chunk_attention as reference
 
@@ -97,10 +99,10 @@ def _chunk_attention(
     kv_ranges: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if backends.select("chunk_attention", q, k, v) == "reference":
+    backend = backends.select("chunk_attention", q, k, v)
+    if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):  # it would round the products inside
             return reference.chunk_attention_forward(q, k, v, q_ranges, kv_indptr, kv_ranges, scale)
-    from raven.kernels import chunk_attention as kernels
 
     # Kernels write only the rows of query ranges; the rest of an incomplete cover must still be defined.
     complete = _covered(q_ranges) == q.shape[1]
@@ -108,6 +110,12 @@ def _chunk_attention(
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     if not complete:
         lse.fill_(float("-inf"))
+    if backend == "cuda":
+        with torch.cuda.device_of(q):
+            cuda.forward(q, k, v, out, lse, (q_ranges, kv_indptr, kv_ranges), scale)
+        return out, lse
+    from raven.kernels import chunk_attention as kernels
+
     config = kernels.forward_config(q.shape[-1], q.dtype, kernels.capability(q))
     tiles = device_plan(q_ranges, kv_indptr, kv_ranges, config.block_q, config.block_k, q.device)
     with torch.cuda.device_of(q):  # Triton launches on the current device, whatever the tensors' is
@@ -188,7 +196,7 @@ def _triton_reason(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | N
     return backends.triton_reason(q, k, v)
 
 
-backends.register("chunk_attention", triton=_triton_reason, reference=backends.always)
+backends.register("chunk_attention", cuda=cuda.reason, triton=_triton_reason, reference=backends.always)
 
 
 def _covered(ranges: torch.Tensor) -> int:
@@ -210,11 +218,9 @@ def device_plan(
     block_k: int,
     device: torch.device,
 ) -> DevicePlan:
-    """The tile lists of these ranges on the device, made at the first call and kept until 1,024 newer ones are.
-
-    A CUDA graph has their addresses: it must not be replayed after they went.
-    """
-    return _device_plan(*(x.numpy().tobytes() for x in (q_ranges, kv_indptr, kv_ranges)), block_q, block_k, device)
+    """The tile lists of these ranges on the device, made at the first call and then kept."""
+    spans = (x.numpy().tobytes() for x in (q_ranges, kv_indptr, kv_ranges))
+    return held_by_graphs(_device_plan(*spans, block_q, block_k, device))
 
 
 class DevicePlan:

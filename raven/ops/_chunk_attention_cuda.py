@@ -1,0 +1,77 @@
+"""Launches of the compiled Hopper kernels of ``chunk_attention``."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from raven import native
+from raven.ops._device_lists import held_by_graphs
+from raven.planner import plan
+from raven.worklist import forward_work
+
+DTYPES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = (64, 128)
+ROWS = 128  # query rows of a tile
+KEYS = 128  # keys of a step
+
+
+def reason(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why the compiled kernels cannot run on these tensors, or ``None``."""
+    if q.dtype not in DTYPES:
+        return f"dtype {q.dtype} is not one of bfloat16, float16"
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"head_dim {q.shape[-1]} is not one of {HEAD_DIMS}"
+    return native.reason(q, k, v)
+
+
+def copyable(x: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where the copy engine can fetch its rows (16-byte steps, nothing expanded), else a copy."""
+    steps = zip(x.shape[:3], x.stride()[:3], strict=True)
+    aligned = x.data_ptr() % 16 == 0 and all(size == 1 or (step > 0 and step % 8 == 0) for size, step in steps)
+    return x if aligned and x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+class DeviceWork:
+    """A ``WorkList`` on the device."""
+
+    def __init__(self, work: np.ndarray, steps: np.ndarray, slots: int, device: torch.device):
+        self.work, self.steps = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (work, steps))
+        self.slots = slots
+
+
+@lru_cache(maxsize=1024)
+def _forward_work(
+    ranges: tuple[bytes, bytes, bytes], heads: int, group: int, head_bytes: int, keys: int, device: torch.device
+) -> DeviceWork:
+    q_ranges, kv_indptr, kv_ranges = (np.frombuffer(x, dtype=np.int32) for x in ranges)
+    tiles = plan(q_ranges.reshape(-1, 2), kv_indptr, kv_ranges.reshape(-1, 2), ROWS, keys)
+    made = forward_work(tiles, keys, heads, group, head_bytes, multiprocessors(device))
+    return DeviceWork(made.work, made.steps, made.slots, device)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def forward(q, k, v, out, lse, spans, scale: float, keys: int = KEYS) -> None:
+    """Fill ``out [B, Lq, H, D]`` and ``lse [B, H, Lq]`` (both contiguous) for every query of the spans."""
+    B, _, H, D = q.shape
+    group = H // k.shape[2] if k.shape[2] else 1
+    head_bytes = 2 * k.shape[1] * D * q.element_size()
+    ranges = tuple(x.numpy().tobytes() for x in spans)
+    device_work = held_by_graphs(_forward_work(ranges, H, group, head_bytes, keys, q.device))
+    if not (len(device_work.work) and B):
+        return
+    q, k, v = (copyable(x) for x in (q, k, v))
+    slots = device_work.slots
+    counters = torch.zeros(1 + 2 * slots * B, dtype=torch.int32, device=q.device)
+    workspace = torch.empty(B * slots * 2 * (D // 2 + 4) * 128, dtype=torch.float32, device=q.device)
+    torch.ops.raven_cuda.chunk_attention_forward(
+        q, k, v, out, lse, device_work.work, device_work.steps, slots, counters, workspace, scale, keys,
+        multiprocessors(q.device),
+    )  # fmt: skip
