@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from raven.backends import explain, get_backend, set_backend
     from raven.errors import BackendUnavailableError
+    from raven.native import build_config
 
 __version__ = "0.1.0"
-__all__ = ["BackendUnavailableError", "__version__", "explain", "get_backend", "set_backend"]
+__all__ = ["BackendUnavailableError", "__version__", "build_config", "explain", "get_backend", "set_backend"]
 
 _HOMES = {
     "BackendUnavailableError": "raven.errors",
+    "build_config": "raven.native",
     "explain": "raven.backends",
     "get_backend": "raven.backends",
     "set_backend": "raven.backends",

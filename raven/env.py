@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import raven
-from raven import backends, planner
+from raven import backends, native, planner
 
 # What the extras bring, and numpy and triton.
 PACKAGES = (
@@ -25,8 +25,9 @@ def collect() -> dict[str, Any]:
     """The facts, ready for JSON.
 
     Keys: ``raven python platform torch cuda`` (versions), ``packages`` (name to version or ``None``), ``gpus`` (list of
-    ``index name capability memory_gib``), ``no_gpu`` (why there is none, or ``None``), ``planner``, ``backend`` (the
-    one asked for, or ``None``), ``ops`` (device to op to ``chosen`` and ``reasons``).
+    ``index name capability memory_gib``), ``no_gpu`` (why there is none, or ``None``), ``planner``, ``cuda_library``
+    (`raven.build_config`), ``backend`` (the one asked for, or ``None``), ``ops`` (device to op to ``chosen`` and
+    ``reasons``).
     Raises ``ValueError`` when ``RAVEN_BACKEND`` names no backend.
     """
     gpus = [_gpu(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
@@ -41,6 +42,7 @@ def collect() -> dict[str, Any]:
         "gpus": gpus,
         "no_gpu": None if gpus else _why_no_gpu(),
         "planner": planner.description(),
+        "cuda_library": native.build_config(),
         "backend": backends.get_backend(),
         "ops": {device: _ops_on(device) for device in devices},
     }
@@ -57,7 +59,7 @@ def describe(facts: dict[str, Any]) -> str:
     ]
     if missing:
         lines.append("not installed: " + ", ".join(missing))
-    lines.append(facts["planner"])
+    lines += [facts["planner"], _cuda_library(facts["cuda_library"])]
     for gpu in facts["gpus"]:
         lines.append(f"GPU {gpu['index']}: {gpu['name']}, sm_{gpu['capability']}, {gpu['memory_gib']} GiB")
     if facts["no_gpu"]:
@@ -97,6 +99,18 @@ def _gpu(index: int) -> dict[str, Any]:
         "capability": f"{properties.major}{properties.minor}",
         "memory_gib": round(properties.total_memory / 2**30),
     }
+
+
+def _cuda_library(built: dict[str, Any]) -> str:
+    if built["library"] is None:
+        return built["unavailable"]
+    text = f"CUDA library: {built['library']}"
+    if "nvcc" in built:
+        text += (
+            f", raven {built['raven']}, sm_{' sm_'.join(built['archs'])}, nvcc {built['nvcc']}, "
+            f"GCC {built['host_compiler']}, for torch {built['torch_target_version']} and newer"
+        )
+    return text + (f"; not used: {built['unavailable']}" if built["unavailable"] else "")
 
 
 def _why_no_gpu() -> str:
