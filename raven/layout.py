@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from raven.spans import Range, Spans, check_int, merge_ranges
@@ -69,17 +70,33 @@ class Document:
 
     def visible(self, query: Segment, key: Segment) -> Range:
         """The ``[begin, end)`` part of ``key`` that ``query`` sees, in packed tokens; both of this document."""
-        if query == key:
-            return key.start, key.end
-        distance = query.chunk - key.chunk
-        near = key.chunk < self.sink or self.window is None or distance <= self.window
-        if key.role != self.history or distance <= 0 or not near:
-            return key.start, key.start
-        hidden = 0
+        begin, end = self._visible(_columns([query]), _columns([key]))
+        return int(begin[0, 0]), int(end[0, 0])
+
+    def _visible(self, query: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """``visible`` of ``_columns`` of q and of k segments: begins and ends, int64 [q, k] each."""
+        query = query[:, :, None]
+        distance = query[_CHUNK] - key[_CHUNK]
+        near = (key[_CHUNK] < self.sink) | (distance <= (_NO_LIMIT if self.window is None else self.window))
+        past = near & (key[_CLEAN] == (self.history == "clean")) & (distance > 0)
+        own = (query == key[:, None]).all(0)
+        begin = np.broadcast_to(key[_START], distance.shape)
         if self.local_frames is not None:
             # The border is a frame, not a chunk: it may cut the oldest visible chunk.
-            hidden = min(max(query.frame + query.frames - self.local_frames - key.frame, 0), key.frames)
-        return key.start + hidden * self.tokens_per_frame, key.end
+            first = query[_FRAME] + query[_FRAMES] - self.local_frames
+            hidden = np.clip(first - key[_FRAME], 0, key[_FRAMES])
+            begin = np.where(own, begin, begin + hidden * self.tokens_per_frame)
+        return begin, np.where(own | past, key[_START] + key[_LENGTH], key[_START])
+
+
+_START, _LENGTH, _CLEAN, _CHUNK, _FRAME, _FRAMES = range(6)
+_PAIRS = 2**20  # (query, key) segments that are looked at in one step
+
+
+def _columns(segments: Sequence[Segment]) -> np.ndarray:
+    """int64 [6, n]: start, length, whether clean, chunk, frame, frames."""
+    rows = [(s.start, s.length, s.role == "clean", s.chunk, s.frame, s.frames) for s in segments]
+    return np.array(rows, dtype=np.int64).reshape(-1, 6).T
 
 
 class _Tokens(NamedTuple):
@@ -128,12 +145,8 @@ class ChunkLayout:
                 raise ValueError(f"segments: got one at {s.start}, expected it at {start}, right after the one before")
             members[s.document].append(s)
             start = s.end
-        rows = (
-            ((q.start, q.end), [self.documents[q.document].visible(q, k) for k in members[q.document]])
-            for q in self.segments
-        )
         object.__setattr__(self, "length", start)
-        object.__setattr__(self, "spans", Spans.build(rows))
+        object.__setattr__(self, "spans", _spans(self.documents, members))
 
     @classmethod
     def repacked(
@@ -350,6 +363,38 @@ class ChunkLayout:
         names = " ".join(s.label for s in self.segments[:16])
         more = " .." if len(self.segments) > 16 else ""
         return f"ChunkLayout({self.length} tokens, {len(self.documents)} document(s): {names}{more})"
+
+
+def _spans(documents: Sequence[Document], members: Sequence[Sequence[Segment]]) -> Spans:
+    """What the segments of each document see, in the fewest ranges.
+
+    Neighbouring segments never see the same: each sees itself, and of two at most one sees the other.
+    """
+    queries: list[np.ndarray] = []
+    keys: list[np.ndarray] = []
+    counts: list[np.ndarray] = []
+    for document, segments in zip(documents, members, strict=True):
+        table = _columns([s for s in segments if s.length])
+        step = max(1, _PAIRS // max(1, table.shape[1]))
+        for first in range(0, table.shape[1], step):
+            query = table[:, first : first + step]
+            begin, end = document._visible(query, table)
+            row, column = np.nonzero(begin < end)
+            begin, end = begin[row, column], end[row, column]
+            joined = (row[1:] == row[:-1]) & (begin[1:] == end[:-1])
+            heads, tails = (np.flatnonzero(~x) for x in (np.append(False, joined), np.append(joined, False)))
+            queries.append(np.stack([query[_START], query[_START] + query[_LENGTH]], axis=1))
+            keys.append(np.stack([begin[heads], end[tails]], axis=1))
+            counts.append(np.bincount(row[heads], minlength=query.shape[1]))
+    if not queries:
+        return Spans.build([])
+    q, kv, count = np.concatenate(queries), np.concatenate(keys), np.concatenate(counts)
+    order = np.argsort(q[:, 0], kind="stable")  # documents may lie inside each other
+    if (order[1:] < order[:-1]).any():
+        kv = kv[np.argsort(np.argsort(order)[np.repeat(np.arange(len(q)), count)], kind="stable")]
+        q, count = q[order], count[order]
+    indptr = np.append(0, np.cumsum(count))
+    return Spans(*(torch.from_numpy(x) for x in (q, indptr, kv)))
 
 
 def _chunk_frames(sizes: Sequence[int]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
+import numpy as np
 import torch
 
 Range = tuple[int, int]
@@ -65,26 +66,21 @@ class Spans:
             object.__setattr__(self, name, _as_int32(name, getattr(self, name), columns))
         _check_ranges("q_ranges", self.q_ranges)
         _check_ranges("kv_ranges", self.kv_ranges)
-        q, indptr, kv = self.q_ranges.tolist(), self.kv_indptr.tolist(), self.kv_ranges.tolist()
-        for (_, end), (begin, _) in zip(q, q[1:], strict=False):
-            if begin < end:
-                raise ValueError(f"q_ranges: got a range from {begin} after one to {end}, expected sorted and disjoint")
+        q, indptr, kv = (x.numpy().astype(np.int64) for x in (self.q_ranges, self.kv_indptr, self.kv_ranges))
+        late = np.flatnonzero(q[1:, 0] < q[:-1, 1])
+        if len(late):
+            begin, end = q[late[0] + 1, 0], q[late[0], 1]
+            raise ValueError(f"q_ranges: got a range from {begin} after one to {end}, expected sorted and disjoint")
         sizes = f"expected {len(q) + 1} values from 0 up to {len(kv)}, never falling"
-        if len(indptr) != len(q) + 1 or indptr[0] != 0 or indptr[-1] != len(kv) or indptr != sorted(indptr):
-            raise ValueError(f"kv_indptr: got {indptr}, {sizes}")
-        for i, (first, last) in enumerate(zip(indptr, indptr[1:], strict=False)):
-            keys = sorted(r for r in kv[first:last] if r[0] < r[1])
-            for (_, end), (begin, _) in zip(keys, keys[1:], strict=False):
-                if begin < end:
-                    raise ValueError(f"kv_ranges: got key {begin} twice for query range {i}, expected disjoint ranges")
-        pairs = sum(
-            (end - begin) * sum(r[1] - r[0] for r in kv[first:last])
-            for (begin, end), first, last in zip(q, indptr, indptr[1:], strict=False)
-        )
+        if len(indptr) != len(q) + 1 or indptr[0] != 0 or indptr[-1] != len(kv) or (np.diff(indptr) < 0).any():
+            raise ValueError(f"kv_indptr: got {indptr.tolist()}, {sizes}")
+        _check_disjoint(indptr, kv)
+        ends = np.append(0, np.cumsum(kv[:, 1] - kv[:, 0]))[indptr]
+        pairs = int(((q[:, 1] - q[:, 0]) * np.diff(ends)).sum())
         parts = (self.q_ranges, self.kv_indptr, self.kv_ranges)
         key = len(q).to_bytes(4, "little") + b"".join(p.numpy().tobytes() for p in parts)
-        object.__setattr__(self, "q_end", max((r[1] for r in q), default=0))
-        object.__setattr__(self, "kv_end", max((r[1] for r in kv), default=0))
+        object.__setattr__(self, "q_end", int(q[:, 1].max(initial=0)))
+        object.__setattr__(self, "kv_end", int(kv[:, 1].max(initial=0)))
         object.__setattr__(self, "pairs", pairs)
         object.__setattr__(self, "key", key)
 
@@ -187,6 +183,21 @@ def _as_int32(name: str, values: object, columns: int | None) -> torch.Tensor:
         raise ValueError(f"{name}: got values from {int(tensor.min())} to {int(tensor.max())}, expected [0, 2**31)")
     with torch.inference_mode(False):  # autograd refuses to save tensors made in inference mode
         return tensor.detach().to(torch.int32).clone().contiguous()
+
+
+def _check_disjoint(indptr: np.ndarray, kv: np.ndarray) -> None:
+    """A key that is twice in one list would count twice in the softmax."""
+    lists = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+    filled = kv[:, 0] < kv[:, 1]
+    lists, kv = lists[filled], kv[filled]
+    for _ in range(2):  # as they come, and sorted where that is not enough
+        twice = np.flatnonzero((lists[1:] == lists[:-1]) & (kv[1:, 0] < kv[:-1, 1]))
+        if not len(twice):
+            return
+        order = np.lexsort((kv[:, 1], kv[:, 0], lists))
+        lists, kv = lists[order], kv[order]
+    row = twice[0] + 1
+    raise ValueError(f"kv_ranges: got key {kv[row, 0]} twice for query range {lists[row]}, expected disjoint ranges")
 
 
 def _check_ranges(name: str, ranges: torch.Tensor) -> None:

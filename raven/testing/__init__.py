@@ -7,11 +7,14 @@ from raven.testing.compare import (
     relative_rms,
     tolerance,
 )
-from raven.testing.memory import guarded, poisoned_memory
+from raven.testing.layouts import KINDS, RandomMask, random_mask
+from raven.testing.memory import guarded, poison_freed_memory, poisoned_memory
 from raven.testing.oracles import attention_oracle
 from raven.testing.timers import copy_rate, matmul_rate, peak_extra_bytes, time_ms
 
 __all__ = [
+    "KINDS",
+    "RandomMask",
     "Tolerance",
     "assert_as_accurate",
     "assert_bitwise",
@@ -20,7 +23,9 @@ __all__ = [
     "guarded",
     "matmul_rate",
     "peak_extra_bytes",
+    "poison_freed_memory",
     "poisoned_memory",
+    "random_mask",
     "relative_rms",
     "time_ms",
     "tolerance",

@@ -26,6 +26,22 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(was_on, warn_only=only_warned)
 
 
+def poison_freed_memory(like: Sequence[torch.Tensor], copies: int = 2) -> None:
+    """Leave NaN in freed blocks of the sizes of these tensors, in their dtype and in float32, for the next allocation.
+
+    Unlike ``poisoned_memory`` it changes no setting: an op that behaves differently under PyTorch's deterministic
+    algorithms shows its usual side. It works where freed memory is handed out again, as PyTorch does on a GPU.
+    """
+    held = [
+        torch.full(x.shape, float("nan"), dtype=dtype, device=x.device)
+        for _ in range(copies)
+        for x in like
+        for dtype in {x.dtype, torch.float32}
+        if x.is_floating_point()
+    ]
+    del held
+
+
 def guarded(
     shape: Sequence[int],
     dtype: torch.dtype = torch.float32,
