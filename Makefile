@@ -47,8 +47,10 @@ test-cpp: .venv/test.stamp  ## C++ build and its tests
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure; fi
 
 test-cuda: .venv/cuda.stamp  ## compile every CUDA source for sm_90a, without a GPU, and check what came out
-	@if ! command -v g++ > /dev/null; then echo "no g++: the CUDA build is left out"; else set -x; \
-	$(BIN)/python -m pytest -q -m cuda_build --timeout 1800 $(ARGS); fi
+	@if ! command -v g++ > /dev/null; then echo "no g++: the CUDA build is left out"; else set -ex; \
+	$(BIN)/python csrc/build_cuda.py --output build/cuda/libraven_cuda.so; \
+	$(BIN)/python csrc/resources.py; \
+	$(BIN)/python -m pytest -q -m cuda_build $(ARGS); fi
 
 test-aot: .venv/test.stamp  ## compile every Triton kernel for sm_80, 90, 100 and 120, without a GPU
 	$(BIN)/python -m pytest -q tests/test_aot.py $(ARGS)

@@ -1,4 +1,4 @@
-"""What ptxas made of each kernel, against what its source declares; `python csrc/resources.py` prints the table.
+"""What ptxas made of each kernel, against what its source declares; `python csrc/resources.py` says it, with faults.
 
 A kernel declares its registers with ``__launch_bounds__(threads, blocks)``: that many blocks must fit the 65,536
 registers of a multiprocessor, so a thread may have ``65536 / (threads * blocks)`` of them, in steps of 8, at most 255.
@@ -6,16 +6,17 @@ registers of a multiprocessor, so a thread may have ``65536 / (threads * blocks)
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 REGISTERS = 65536  # of a multiprocessor; CUDA C programming guide, "technical specifications"
 MOST = 255  # of a thread
-# wgmma that waits for itself (C7510 and its neighbours), setmaxnreg that is ignored, and whatever is called a warning.
+# wgmma that waits where the source does not (C7510 and its neighbours), setmaxnreg that is ignored, every warning.
 COMPLAINT = re.compile(r"\(C75\d\d\)|\bwarning\s*[#:]|setmaxnreg ignored")
 
 
@@ -66,12 +67,13 @@ def kernels(log: str, ptx: str) -> list[Kernel]:
         r"Used (?P<registers>\d+) registers",
         re.S,
     )
+    matches = list(block.finditer(log))
+    if {match["name"] for match in matches} != caps.keys():
+        raise ValueError(f"log: got {len(matches)} kernels, expected the {len(caps)} of the PTX")
     found = []
-    for match in block.finditer(log):
+    for match in matches:
         stores, loads, stack = (int(match[name]) for name in ("stores", "loads", "stack"))
         found.append(Kernel(match["name"], int(match["registers"]), caps[match["name"]], stores, loads, stack))
-    if {kernel.name for kernel in found} != caps.keys():
-        raise ValueError(f"log: got {len(found)} kernels, expected the {len(caps)} of the PTX")
     return found
 
 
@@ -95,18 +97,32 @@ def _product(numbers: str) -> int:
     return product
 
 
+def report(log: Path) -> tuple[list[Kernel], list[str]]:
+    """Kernels, under the names of their source, and faults of one object that `build_cuda` made; ``log`` lies by it."""
+    text = log.read_text()
+    found = kernels(text, log.with_suffix(".ptx").read_text())
+    names = readable(kernel.name for kernel in found)
+    found = [replace(kernel, name=names[kernel.name]) for kernel in found]
+    return found, [fault for kernel in found for fault in kernel.faults] + complaints(text)
+
+
 def main() -> int:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/cuda")
+    parser = argparse.ArgumentParser(description="Registers and spills of the CUDA kernels; exit code 1 with faults.")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("build/cuda"), help="where the objects are")
+    parser.add_argument("--all", action="store_true", help="a line for every kernel")
+    args = parser.parse_args()
     faults = []
-    for log in sorted(folder.glob("*.log")):
-        found = kernels(log.read_text(), log.with_suffix(".ptx").read_text())
-        names = readable(kernel.name for kernel in found)
-        for kernel in found:
-            spills = f"{kernel.spill_stores}/{kernel.spill_loads}"
-            registers = f"{kernel.registers} of {kernel.declared} registers"
-            print(f"{log.stem:22} {registers:22} spills {spills}, stack {kernel.stack}: {names[kernel.name]}")
-        faults += [fault for kernel in found for fault in kernel.faults] + complaints(log.read_text())
-    print("\n".join(faults))
+    for log in sorted(args.folder.glob("*.log")):
+        found, wrong = report(log)
+        faults += wrong
+        if found:
+            print(f"{log.stem}: {len(found)} kernels, at most {max(kernel.registers for kernel in found)} registers")
+        for kernel in found if args.all else ():
+            print(
+                f"  {kernel.registers:3} of {kernel.declared} registers, {kernel.stack} bytes of stack: {kernel.name}"
+            )
+    for fault in faults:
+        print(fault)
     return 1 if faults else 0
 
 
