@@ -150,7 +150,9 @@ SIZES = {
                 guidance=2.0,
                 **_SMALL,
             ),
-            grpo=PolicyConfig(steps=40, group=8, prompts=8, every_step=True, lr=1e-5, ema=0.9, grad_clip=1.0, **_SMALL),
+            grpo=PolicyConfig(
+                steps=150, group=16, prompts=16, every_step=True, lr=2e-5, ema=0.9, grad_clip=1.0, **_SMALL
+            ),
             evaluation=Evaluation(
                 prompts=32, seeds=4, shown=4, teacher_steps=32, teacher_long_prompts=16, teacher_long_steps=32
             ),
