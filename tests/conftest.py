@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import raven
-from raven import backends
+from raven import backends, native
 
 
 def pytest_collection_modifyitems(items):
@@ -15,6 +15,25 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if "interpret" in item.keywords and not backends.interpreting():
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1"))
+
+
+def pytest_generate_tests(metafunc):
+    """The GPU tests of a module that says EVERY_GPU_BACKEND run once with the automatic choice and once on Triton."""
+    if getattr(metafunc.module, "EVERY_GPU_BACKEND", False) and metafunc.definition.get_closest_marker("gpu"):
+        metafunc.fixturenames.append("gpu_backend")
+        metafunc.parametrize("gpu_backend", ["automatic", "triton"], indirect=True)
+
+
+@pytest.fixture
+def gpu_backend(request):
+    """Automatic means the compiled library where it takes the tensors, so it must be there."""
+    if request.param == "automatic":
+        if reason := native.unavailable():
+            pytest.skip(reason)
+    else:
+        raven.set_backend(request.param)
+    yield request.param
+    raven.set_backend(None)
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ LAYOUTS = {
     "documents": ChunkLayout.concat([ChunkLayout.repacked((1, 1), 29), ChunkLayout.repacked((2, 1), 17)]),
     "one_token": ChunkLayout.repacked((1,) * 5, 1),
 }
+EVERY_GPU_BACKEND = True
 GROUPS = [(64, 2, 2), (32, 4, 2), (128, 3, 1)]  # D, H, Hkv
 
 
