@@ -2,19 +2,21 @@
 
 Operations are counted for visible pairs only: 4 D a pair and head forward, 10 D backward. Errors are measured on the
 first and the last head against float64, every row of them, and compared with PyTorch's own attention in bfloat16, one
-call per query range.
+call per query range. Every row has cuDNN's rate without a mask at 32,760 tokens beside it, as the yardstick.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 
 import pytest
 import torch
 import torch._functorch.config
-from harness import DEVICE
+from harness import DEVICE, first_line
+from peers import FAILURES, PEERS, InTorch, Peer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
@@ -28,6 +30,7 @@ from raven.testing import assert_as_accurate, assert_bitwise, attention_oracle, 
 HEADS, HEAD_DIM, FRAME = 12, 128, 1560
 CHUNK = 3 * FRAME
 SEVEN = (3,) * 7
+DETERMINISTIC = "backward-deterministic"
 
 
 def _ragged() -> ChunkLayout:
@@ -43,26 +46,43 @@ def _ragged() -> ChunkLayout:
 
 @dataclass(frozen=True)
 class Job:
-    """A mask, and which peers can compute it: flex (any), cuDNN (no mask at all)."""
+    """A mask; which peers can compute it: flex (any), cuDNN (no mask at all), others; the curve that it is on."""
 
     layout: Callable[[], ChunkLayout | Spans]
     flex: bool = False
     cudnn: bool = False
+    others: bool = False
+    batch: int = 1
+    curve: str | None = None
+
+
+def _repacked(chunks: int, **options) -> Job:
+    return Job(partial(ChunkLayout.repacked, (3,) * chunks, FRAME), curve="repacked", **options)
+
+
+def _dense(frames: int, **options) -> Job:
+    return Job(partial(ChunkLayout.bidirectional, frames, FRAME), cudnn=True, curve="dense", **options)
 
 
 TRAINING = {
-    "repacked-60840": Job(partial(ChunkLayout.repacked, SEVEN, FRAME), flex=True),
+    "repacked-60840": _repacked(7, flex=True, others=True),
     "repacked-60840-clean-first": Job(partial(ChunkLayout.repacked, SEVEN, FRAME, order="clean_first")),
-    "repacked-60840-sink-1-window-2": Job(partial(ChunkLayout.repacked, SEVEN, FRAME, sink=1, window=2), flex=True),
+    "repacked-60840-sink-1-window-2": Job(
+        partial(ChunkLayout.repacked, SEVEN, FRAME, sink=1, window=2), flex=True, others=True
+    ),
+    "repacked-60840-batch-2": Job(partial(ChunkLayout.repacked, SEVEN, FRAME), batch=2),
     "repacked-63960-frame-wise": Job(partial(ChunkLayout.repacked, (1,) * 21, FRAME)),
     "teacher-forcing-65520": Job(partial(ChunkLayout.teacher_forcing, SEVEN, FRAME)),
     "ragged-pack-65520": Job(_ragged),
-    "dense-32760": Job(partial(ChunkLayout.bidirectional, 21, FRAME), cudnn=True),
+    "dense-32760": _dense(21, others=True),
+}
+LENGTHS = {f"dense-{frames * FRAME}": _dense(frames) for frames in (3, 6, 12, 39)} | {
+    f"repacked-{(2 * chunks - 1) * CHUNK}": _repacked(chunks) for chunks in (2, 3, 5, 10)
 }
 DECODE = {
-    "decode-4680x4680": Job(partial(Spans.full, CHUNK, CHUNK), cudnn=True),
-    "decode-4680x32760": Job(partial(Spans.full, CHUNK, 7 * CHUNK), flex=True, cudnn=True),
-    "decode-4680x98280": Job(partial(Spans.full, CHUNK, 21 * CHUNK), cudnn=True),
+    "decode-4680x4680": Job(partial(Spans.full, CHUNK, CHUNK), cudnn=True, others=True),
+    "decode-4680x32760": Job(partial(Spans.full, CHUNK, 7 * CHUNK), cudnn=True, others=True),
+    "decode-4680x98280": Job(partial(Spans.full, CHUNK, 21 * CHUNK), cudnn=True, others=True),
 }
 
 
@@ -73,21 +93,34 @@ def _compiled_flex():
     return torch.compile(flex_attention, dynamic=False)
 
 
+def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return scaled_dot_product_attention(q, k, v)
+
+
+@contextmanager
+def _mode(direction: str):
+    """The setting that a training script makes for reproducible gradients."""
+    torch.use_deterministic_algorithms(direction == DETERMINISTIC)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 class Case:
-    """Inputs of one mask, and everything that its forward and its backward row share."""
+    """Inputs of one mask, and everything that its rows share."""
 
     def __init__(self, job: Job, heads: int, head_dim: int, dtype: torch.dtype) -> None:
         self.job, self.layout = job, job.layout()
         self.spans = getattr(self.layout, "spans", self.layout)
         lengths = (self.spans.q_end, self.spans.kv_end, self.spans.kv_end)
         self.q, self.k, self.v = (
-            torch.randn(1, L, heads, head_dim, device=DEVICE, dtype=dtype).requires_grad_() for L in lengths
+            torch.randn(job.batch, L, heads, head_dim, device=DEVICE, dtype=dtype).requires_grad_() for L in lengths
         )
         self.grad = torch.randn_like(self.q)
-        self.flops = 4 * self.spans.pairs * heads * head_dim
-        # Peers take [B, H, L, D], contiguous, as they like it best.
-        self.theirs = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in self.inputs]
-        self.their_grad = self.grad.transpose(1, 2).contiguous()
+        self.flops = 4 * self.spans.pairs * heads * head_dim * job.batch
+        self._peers: dict[tuple[str, bool], Peer | InTorch] = {}
 
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
@@ -96,76 +129,123 @@ class Case:
     def forward(self) -> torch.Tensor:
         return chunk_attention(*self.inputs, self.layout)
 
-    @property
-    def peers(self) -> dict[str, Callable[[], torch.Tensor]]:
-        found = {}
-        if self.job.flex and DEVICE == "cuda":
-            found["flex"] = partial(_compiled_flex(), *self.theirs, block_mask=self.block_mask)
-        if self.job.cudnn and DEVICE == "cuda":
-            found["cudnn"] = self._cudnn
-        return found
-
-    @property
-    def block_mask(self):
-        return _block_mask(self.layout) if isinstance(self.layout, ChunkLayout) else None
-
-    def _cudnn(self) -> torch.Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return scaled_dot_product_attention(*self.theirs)
-
-    def backward_of(self, forward: Callable[[], torch.Tensor], theirs: bool) -> Callable[[], object]:
+    def backward(self) -> Callable[[], object]:
         """Only the backward: its forward runs once, here."""
-        inputs, grad = (self.theirs, self.their_grad) if theirs else (self.inputs, self.grad)
-        out = forward()
-        return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
+        out = self.forward()
+        return lambda: torch.autograd.grad(out, self.inputs, self.grad, retain_graph=True)
+
+    def facts(self, direction: str) -> dict[str, object]:
+        """What the plots need: tokens, the curve, and operations per byte of the tensors read and written once."""
+        q, kv = self.q.nbytes, self.k.nbytes + self.v.nbytes
+        moved, work = (2 * q + kv, 1.0) if direction == "forward" else (4 * q + 2 * kv, 2.5)
+        curve = {"curve": self.job.curve} if self.job.curve else {}
+        return {"tokens": self.q.shape[1], "intensity": work * self.flops / moved, **curve}
+
+    # Errors: two heads of the last batch entry, whose float64 results are computed once for all backends and peers.
+
+    @cached_property
+    def sample(self) -> list[torch.Tensor]:
+        return [_pick(x).detach() for x in (*self.inputs, self.grad)]
+
+    @cached_property
+    def want(self) -> tuple[torch.Tensor, ...]:
+        """Out, log-sum-exp and the three gradients in float64."""
+        return attention_oracle(*self.sample[:3], self.spans, grad_out=self.sample[3])
+
+    @cached_property
+    def baseline(self) -> tuple[torch.Tensor, ...]:
+        """Out and gradients of PyTorch's own attention; those of keys that several ranges read summed in float32."""
+        q, k, v, grad = self.sample
+        leaves = [x.float().requires_grad_() for x in (q, k, v)]
+        out = _per_range(*leaves, self.spans, q.dtype)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+    def check(self, direction: str) -> dict[str, float]:
+        return self.check_forward() if direction == "forward" else self.check_backward(direction)
 
     def check_forward(self) -> dict[str, float]:
         with torch.no_grad():
             out, lse = chunk_attention(*self.inputs, self.layout, return_lse=True)
             assert_bitwise(self.forward(), out, "a second run")
-            heads = self._two_heads()
-            want, want_lse = attention_oracle(*heads[:3], self.spans)
-            limit = tolerance(self.q.dtype, "forward")
-            errors = {"out": assert_as_accurate(_pick(out), want, _per_range(*heads[:3], self.spans), limit, "out")}
-            errors["lse"] = float((_pick(lse, 1) - want_lse).abs().max())
-            assert errors["lse"] <= 1e-3, f"lse: error {errors['lse']:.2e}, expected at most 1e-3"
-        for name, peer in self.peers.items():  # that it does the same job
-            errors[name] = assert_as_accurate(_pick(peer().transpose(1, 2)), want, None, limit, name)
+        limit = tolerance(self.q.dtype, "forward")
+        errors = {"out": assert_as_accurate(_pick(out), self.want[0], self.baseline[0], limit, "out")}
+        errors["lse"] = float((_pick(lse, 1) - self.want[1]).abs().max())
+        assert errors["lse"] <= 1e-3, f"lse: error {errors['lse']:.2e}, expected at most 1e-3"
         return errors
 
-    def check_backward(self) -> dict[str, float]:
-        got = [_pick(x) for x in torch.autograd.grad(self.forward(), self.inputs, self.grad)]
-        q, k, v, grad = self._two_heads()
-        _, _, *want = attention_oracle(q, k, v, self.spans, grad_out=grad)
-        leaves = [x.float().requires_grad_() for x in (q, k, v)]
-        baseline = torch.autograd.grad(_per_range(*leaves, self.spans, q.dtype), leaves, grad)
-        limit = tolerance(q.dtype, "backward")
-        return {
-            name: assert_as_accurate(g, w, b, limit, name)
-            for name, g, w, b in zip(("dq", "dk", "dv"), got, want, baseline, strict=True)
-        }
+    def check_backward(self, direction: str) -> dict[str, float]:
+        grads = self.backward()()
+        if direction == DETERMINISTIC:
+            for name, first, second in zip(("dq", "dk", "dv"), grads, self.backward()(), strict=True):
+                assert_bitwise(second, first, f"{name} of a second run")
+        limit = tolerance(self.q.dtype, "backward")
+        wanted = zip(("dq", "dk", "dv"), grads, self.want[2:], self.baseline[1:], strict=True)
+        return {name: assert_as_accurate(_pick(g), w, b, limit, name) for name, g, w, b in wanted}
 
-    def _two_heads(self) -> list[torch.Tensor]:
-        return [_pick(x).detach() for x in (*self.inputs, self.grad)]
-
-    def check_memory(self) -> dict[str, float]:
+    def check_memory(self, backend: str) -> dict[str, float]:
         """Forward and backward hold their results and O(L) statistics; nothing of the size of a mask or of a gather."""
         run = lambda: (out := self.forward(), torch.autograd.grad(out, self.inputs, self.grad))  # noqa: E731
         run()
         extra = peak_extra_bytes(run)
         results = self.q.nbytes + sum(x.nbytes for x in self.inputs)
-        statistics = 4 * 4 * self.q.shape[1] * self.q.shape[2]  # four float32 a query and head
+        statistics = 4 * 4 * self.q.shape[0] * self.q.shape[1] * self.q.shape[2]  # four float32 a query and head
         plan = 32 * 2**20  # tile lists, allocator rounding
-        assert extra <= results + statistics + plan, (
+        sums = 4 * self.q.numel() if backend == "cuda" else 0  # dq comes together in float32
+        assert extra <= results + statistics + plan + sums, (
             f"memory: {extra / 2**20:.0f} MiB beyond the inputs, expected at most the results' {results / 2**20:.0f} "
-            f"and {(statistics + plan) / 2**20:.0f} MiB"
+            f"and {(statistics + plan + sums) / 2**20:.0f} MiB"
         )
         return {"peak_extra_bytes": extra, "results_bytes": results}
 
+    # Peers.
+
+    def peer(self, name: str, direction: str) -> Peer | InTorch:
+        """Made once for all directions, but for the deterministic one."""
+        key = (name, direction == DETERMINISTIC)
+        if key not in self._peers:
+            if name in PEERS:
+                self._peers[key] = PEERS[name](*(x.detach()[0] for x in self.inputs), self.spans, key[1])
+            else:
+                options = {"block_mask": _block_mask(self.layout)} if name == "flex" else {}
+                self._peers[key] = InTorch(self.inputs, _compiled_flex() if name == "flex" else _cudnn, options)
+        return self._peers[key]
+
+    def peers(self, bench, direction: str) -> dict[str, Callable[[], object]]:
+        names = ["flex"] * self.job.flex + ["cudnn"] * self.job.cudnn
+        if DEVICE != "cuda" or direction == DETERMINISTIC:
+            names = []
+        if bench.peers and self.job.others:
+            names += PEERS
+        found = {}
+        for name in names:
+            try:
+                found[name] = self._job(self.peer(name, direction), direction)
+            except FAILURES as failure:
+                bench.recorder.leave_out(name, first_line(failure))
+        return found
+
+    def _job(self, peer: Peer | InTorch, direction: str) -> Callable[[], object]:
+        if direction == "forward":
+            return peer.forward
+        if not peer.differentiable:
+            raise NotImplementedError("it has no backward")
+        out, grad = peer.forward(), peer.grad(self.grad if isinstance(peer, InTorch) else self.grad[0])
+        return lambda: torch.autograd.grad(out, peer.leaves, grad, retain_graph=True)
+
+    def check_peer(self, direction: str, name: str) -> float:
+        """That it does the same job."""
+        peer = self.peer(name, direction)
+        forward = direction == "forward"
+        grad = None if forward else self.grad if isinstance(peer, InTorch) else self.grad[0]
+        got = peer.results(grad, self.q.shape[1], self.k.shape[1])
+        got, want = (got, self.want[:1]) if forward else (got[1:], self.want[2:])
+        limit = tolerance(self.q.dtype, direction.split("-")[0])
+        return max(assert_as_accurate(_pick(g), w, None, limit, name) for g, w in zip(got, want, strict=True))
+
 
 def _pick(x: torch.Tensor, dim: int = 2) -> torch.Tensor:
-    """The first and the last head."""
-    return x.index_select(dim, torch.tensor([0, x.shape[dim] - 1], device=x.device))
+    """The first and the last head of the last batch entry."""
+    return x[-1:].index_select(dim, torch.tensor([0, x.shape[dim] - 1], device=x.device))
 
 
 def _per_range(q, k, v, spans: Spans, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -185,46 +265,84 @@ def _block_mask(layout: ChunkLayout):
 
 @lru_cache(maxsize=1)
 def case_of(name: str) -> Case:
-    return Case((TRAINING | DECODE)[name], HEADS, HEAD_DIM, torch.bfloat16)
+    return Case((TRAINING | LENGTHS | DECODE)[name], HEADS, HEAD_DIM, torch.bfloat16)
 
 
-def measure(bench, name, direction, case, **extra):
-    backward = direction == "backward"
+_yardsticks: dict[str, float | None] = {}
 
-    def job(forward, theirs):
+
+def cudnn_dense_rate(bench, direction: str) -> float | None:
+    """TFLOP/s of cuDNN without a mask at 32,760 tokens, measured once; ``None`` where there is no cuDNN attention."""
+    direction = direction.split("-")[0]
+    if direction not in _yardsticks:
+        _yardsticks[direction] = None
+        case = Case(TRAINING["dense-32760"], HEADS, HEAD_DIM, torch.bfloat16)
+        try:
+            run = case._job(case.peer("cudnn", direction), direction)
+            work = case.flops * (1.0 if direction == "forward" else 2.5)
+            _yardsticks[direction] = work / bench.recorder.time(run) / 1e9
+        except RuntimeError as failure:
+            bench.recorder.leave_out("cudnn", first_line(failure))
+    return _yardsticks[direction]
+
+
+def measure(bench, name, direction, case, decode=False):
+    backend = explain("chunk_attention", *case.inputs).chosen
+    extra = case.facts(direction)
+    if direction == "backward" and DEVICE == "cuda":
+        extra |= case.check_memory(backend)
+    if DEVICE == "cuda" and (rate := cudnn_dense_rate(bench, direction)) is not None:
+        extra["cudnn_dense_rate"] = rate
+
+    case.want, case.baseline  # noqa: B018 - PyTorch computes them with what deterministic algorithms forbid
+    with _mode(direction), torch.set_grad_enabled(not decode):
         # A forward is timed as training calls it, for everybody: flex would compile once more without gradients.
-        return case.backward_of(forward, theirs) if backward else forward
+        # A decoding step is a replay of a graph without gradients.
+        bench.row(
+            op="chunk_attention",
+            case=name,
+            direction=direction,
+            backend=backend,
+            check=partial(_with_grad, case.check, direction),
+            run=case.forward if direction == "forward" else case.backward(),
+            work=case.flops * (1.0 if direction == "forward" else 2.5),
+            unit="TFLOP/s",
+            peers=partial(case.peers, bench, direction),
+            peer_check=partial(case.check_peer, direction),
+            graph=decode and DEVICE == "cuda",
+            extra=extra,
+        )
 
-    bench.row(
-        op="chunk_attention",
-        case=name,
-        direction=direction,
-        backend=explain("chunk_attention", *case.inputs).chosen,
-        check=case.check_backward if backward else case.check_forward,
-        run=job(case.forward, False),
-        work=case.flops * 2.5 if backward else case.flops,
-        unit="TFLOP/s",
-        peers={peer: job(forward, True) for peer, forward in case.peers.items()},
-        extra=extra,
-    )
+
+def _with_grad(function, *arguments):
+    with torch.enable_grad():
+        return function(*arguments)
+
+
+TRAINING_ROWS = [(name, direction) for name in TRAINING for direction in ("forward", "backward")]
+TRAINING_ROWS.insert(2, ("repacked-60840", DETERMINISTIC))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize(("name", "direction"), TRAINING_ROWS)
 def test_training(bench, name, direction):
-    case = case_of(name)
-    memory = case.check_memory() if direction == "backward" else {}
-    measure(bench, name, direction, case, **memory)
+    measure(bench, name, direction, case_of(name))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", DECODE)
 def test_decode(bench, name):
-    measure(bench, name, "forward", case_of(name))
+    measure(bench, name, "forward", case_of(name), decode=True)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_lengths(bench, name, direction):
+    measure(bench, name, direction, case_of(name))
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", DETERMINISTIC])
 def test_smoke(bench, direction):
     """Small enough for any machine, and the same code path as the others."""
     case = Case(Job(partial(ChunkLayout.repacked, (2, 1, 2), 24, sink=1, window=1)), 2, 32, torch.float32)

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import Recorder
+from harness import DEVICE, Recorder, first_line
 
+import raven
+from raven.backends import get_backend
+
+COMPILED = ("cuda", "triton")
 recorder_key = pytest.StashKey[Recorder]()
 saved_key = pytest.StashKey[Path]()
 
@@ -17,6 +21,9 @@ def pytest_addoption(parser):
         "--raven-json",
         metavar="FILE",
         help="where the rows go (default: a new file in bench/results on a GPU, nowhere without one)",
+    )
+    parser.addoption(
+        "--raven-peers", action="store_true", help="measure other public kernels too, where they are importable"
     )
 
 
@@ -32,17 +39,44 @@ def pytest_collect_file(file_path, parent):
     return None
 
 
+@pytest.hookimpl(trylast=True)  # so that backends alternate on inputs that stay
+def pytest_generate_tests(metafunc):
+    """Every row once per compiled backend, or with the one asked for by name."""
+    if "bench" in metafunc.fixturenames:
+        forced = get_backend()
+        backends = (forced,) if forced else COMPILED if DEVICE == "cuda" else (None,)
+        metafunc.parametrize("bench", backends, indirect=True, ids=lambda name: name or "automatic")
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if "smoke" in item.name and torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="is there for machines without a GPU"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A backend that an op does not have here leaves rows out, and says why; it is no failure."""
+    try:
+        return (yield)
+    except raven.BackendUnavailableError as error:
+        recorder = pyfuncitem.config.stash[recorder_key]
+        name = pyfuncitem.callspec.params.get("bench") if hasattr(pyfuncitem, "callspec") else None
+        op = str(error).split(":", 1)[0]
+        reasons = [
+            line.split("not used: ", 1)[1] for line in str(error).splitlines() if line.strip().startswith(f"{name} ")
+        ]
+        recorder.leave_out(f"{name}, {op}", reasons[0] if reasons else first_line(error))
+        pytest.skip(str(error))
 
 
 class Bench:
     """The recorder, and pytest-benchmark's own statistics beside it."""
 
-    def __init__(self, recorder: Recorder, benchmark) -> None:
-        self.recorder, self.benchmark = recorder, benchmark
+    def __init__(self, recorder: Recorder, benchmark, peers: bool) -> None:
+        self.recorder, self.benchmark, self.peers = recorder, benchmark, peers
 
     def row(self, **arguments):
         """One row; see ``harness.Recorder.row``."""
@@ -64,13 +98,16 @@ class Bench:
 @pytest.fixture
 def bench(request, benchmark):
     torch.manual_seed(0)
-    return Bench(request.config.stash[recorder_key], benchmark)
+    previous = get_backend()
+    raven.set_backend(request.param)
+    yield Bench(request.config.stash[recorder_key], benchmark, request.config.getoption("--raven-peers"))
+    raven.set_backend(previous)
 
 
 def pytest_sessionfinish(session):
     recorder = session.config.stash[recorder_key]
     path = session.config.getoption("--raven-json")
-    if recorder.rows and (path or recorder.device == "cuda"):
+    if (recorder.rows or recorder.left_out) and (path or recorder.device == "cuda"):
         session.config.stash[saved_key] = recorder.save(Path(path) if path else None)
 
 

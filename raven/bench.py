@@ -1,7 +1,8 @@
 """The command ``raven bench``: run the benches of a checkout, put their rows into one file, print and draw the table.
 
-A results file is JSON: ``gpu`` (name or ``null``), ``cpu``, ``date``, ``versions``, ``ceilings`` and ``rows``; a row
-has ``op, case, direction, backend, ms, rate, unit, roof, percent, peers {name: ms}, timer`` and what its bench adds.
+A results file is JSON: ``gpu`` (name or ``null``), ``cpu``, ``date``, ``versions``, ``ceilings``, ``left_out`` (who has
+no figure, and why) and ``rows``; a row has ``op, case, direction, backend, ms, rate, unit, roof, percent, peers {name:
+ms}, timer`` and what its bench adds. A case has a row for each backend that can run it, with the same peers.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from raven._bench_plots import plot_results
+from raven._targets import format_targets
+
 ROW_KEYS = ("op", "case", "direction", "backend", "ms", "rate", "unit", "roof", "peers")
 _NOTHING_COLLECTED = 5  # pytest's exit code
 
@@ -30,25 +34,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         "passed in the same process.",
     )
     parser.add_argument("ops", nargs="*", metavar="OP", help="only these ops (default: all)")
-    parser.add_argument("-k", dest="keyword", help="only benches whose name matches, as in pytest -k")
+    parser.add_argument(
+        "-k", "--case", dest="keyword", metavar="EXPR", help="only cases whose name matches, as in pytest -k"
+    )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="also measure FlashAttention 3 and 4, MagiAttention and flashinfer, where they are importable",
+    )
     parser.add_argument("--table", metavar="FILE", help="print a stored results file and measure nothing")
     parser.add_argument("--output", metavar="FILE", help="results file (default: a new one in bench/results)")
     parser.add_argument("--folder", metavar="DIR", help="folder of the benches (default: bench/ of this checkout)")
     args = parser.parse_args(argv)
     if args.table:
-        print(format_table(read_results(args.table)))
+        print(_report(read_results(args.table)))
         return 0
     files = bench_files(find_folder(args.folder), args.ops)
-    results, failed = _run(files, args.keyword)
+    results, failed = _run(files, args.keyword, args.peers)
     if not results["rows"]:
         print("no rows: no bench ran to its end", file=sys.stderr)
         return 1
     path = Path(args.output) if args.output else _default_path(files[0].parent, results)
     write_results(results, path)
-    print(format_table(results))
+    print(_report(results))
     print(f"\nwritten to {path}")
-    picture = plot_results(results, path.with_suffix(".png"))
-    print(f"picture: {picture}" if picture else "no picture: matplotlib is not installed")
+    pictures = plot_results(results, path)
+    print(f"pictures: {', '.join(map(str, pictures))}" if pictures else "no picture: matplotlib is not installed")
     if failed:
         print("failed: " + ", ".join(failed), file=sys.stderr)
     return 1 if failed else 0
@@ -74,7 +85,7 @@ def bench_files(folder: Path, ops: Sequence[str] = ()) -> list[Path]:
     return [found[op] for op in (ops or found)]
 
 
-def _run(files: Sequence[Path], keyword: str | None) -> tuple[dict[str, Any], list[str]]:
+def _run(files: Sequence[Path], keyword: str | None, peers: bool) -> tuple[dict[str, Any], list[str]]:
     """One process per file: an illegal memory access in one leaves the others their rows."""
     parts, failed = [], []
     with tempfile.TemporaryDirectory() as scratch:
@@ -83,7 +94,8 @@ def _run(files: Sequence[Path], keyword: str | None) -> tuple[dict[str, Any], li
             # The settings of the checkout's own tests (plug-ins, strictness) do not concern a bench.
             command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(file.parent), str(file)]
             command += ["-q", "--no-header", "-p", "no:cacheprovider", "--benchmark-disable", "--raven-json", str(part)]
-            code = subprocess.run(command + (["-k", keyword] if keyword else [])).returncode
+            command += ["-k", keyword] if keyword else []
+            code = subprocess.run(command + ["--raven-peers"] * peers).returncode
             if code not in (0, _NOTHING_COLLECTED):
                 failed.append(file.stem)
             if part.exists():
@@ -93,10 +105,11 @@ def _run(files: Sequence[Path], keyword: str | None) -> tuple[dict[str, Any], li
 
 def merge_results(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The rows of several runs on one machine under one heading; of each ceiling the first measurement."""
-    merged: dict[str, Any] = {"gpu": None, "versions": {}, "ceilings": {}, "rows": []}
+    merged: dict[str, Any] = {"gpu": None, "versions": {}, "ceilings": {}, "left_out": {}, "rows": []}
     for part in parts:
-        rows, ceilings = merged["rows"] + part["rows"], {**part.get("ceilings", {}), **merged["ceilings"]}
-        merged = {**part, **{k: v for k, v in merged.items() if v}, "rows": rows, "ceilings": ceilings}
+        joined = {key: {**part.get(key, {}), **merged[key]} for key in ("ceilings", "left_out")}
+        joined["rows"] = merged["rows"] + part["rows"]
+        merged = {**part, **{k: v for k, v in merged.items() if v}, **joined}
     return merged
 
 
@@ -140,14 +153,25 @@ def _default_path(folder: Path, results: Mapping[str, Any]) -> Path:
     return folder / "results" / f"{gpu}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}.json"
 
 
+def _report(results: Mapping[str, Any]) -> str:
+    """The rows, who is not among them and why, and the targets."""
+    parts = [format_table(results)]
+    if left_out := results.get("left_out"):
+        parts.append("\n".join(["left out:", *(f"  {who}: {reason}" for who, reason in left_out.items())]))
+    if targets := format_targets(results):
+        parts.append(f"targets, on one H200:\n{targets}")
+    return "\n\n".join(parts)
+
+
 def format_table(results: Mapping[str, Any]) -> str:
     """The rows as text: rate, share of the measured ceiling, and how many times faster than each peer."""
     versions = results.get("versions", {})
     heading = f"{results.get('gpu') or 'no GPU'}, {results.get('date', 'no date')}"
     software = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    lines = [["op", "case", "direction", "backend", "ms", "rate", "of roof", "against peers"]]
+    lines = [["op", "case", "direction", "backend", "ms", "rate", "of roof", "of dense cuDNN", "against peers"]]
     for row in results["rows"]:
         peers = ", ".join(f"{_ratio(ms / row['ms'])} {name}" for name, ms in row["peers"].items())
+        yardstick = row.get("cudnn_dense_rate")
         lines.append(
             [
                 row["op"],
@@ -157,9 +181,12 @@ def format_table(results: Mapping[str, Any]) -> str:
                 f"{row['ms']:.4g}",
                 f"{row['rate']:.4g} {row['unit']}",
                 f"{100 * row['rate'] / row['roof']:.0f} %",
+                _ratio(row["rate"] / yardstick) if yardstick else "-",
                 peers or "-",
             ]
         )
+    if all(line[7] == "-" for line in lines[1:]):
+        lines = [line[:7] + line[8:] for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     text.insert(1, "  ".join("-" * width for width in widths))
@@ -181,36 +208,3 @@ def _ceilings(results: Mapping[str, Any]) -> list[str]:
         if key in ceilings
     ]
     return [f"roofs measured in this run: {', '.join(parts)}"] if parts else []
-
-
-def plot_results(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path | None:
-    """Draw every row's share of its roof, with the peers' as marks; ``None`` without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    rows = results["rows"][::-1]
-    figure = Figure(figsize=(9, 1.2 + 0.34 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    labels = [f"{row['op']}  {row['case']}  {row['direction']}" for row in rows]
-    shares = [100 * row["rate"] / row["roof"] for row in rows]
-    bars = axes.barh(range(len(rows)), shares, color="#3b6ea5", height=0.7, label="raven")
-    axes.bar_label(bars, fmt="%.0f %%", padding=3, fontsize=8)
-    names = sorted({name for row in rows for name in row["peers"]})
-    for name, marker in zip(names, "osD^v<>P*X" * (1 + len(names) // 10), strict=False):
-        points = [
-            (share * row["ms"] / row["peers"][name], i)
-            for i, (share, row) in enumerate(zip(shares, rows, strict=True))
-            if name in row["peers"]
-        ]
-        axes.scatter(*zip(*points, strict=True), marker=marker, s=28, zorder=3, edgecolors="black", label=name)
-    axes.set_yticks(range(len(rows)), labels, fontsize=8)
-    axes.set_xlabel("% of the measured roof (copy bandwidth, or bf16 matrix product)")
-    axes.set_title(f"{results.get('gpu') or 'CPU'}, {results.get('date', '')}", fontsize=10)
-    axes.set_xlim(0, max([100.0, *(1.12 * share for share in shares)]))
-    axes.axvline(100, color="gray", linewidth=0.8, linestyle="--")
-    axes.legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=130)
-    return Path(path)

@@ -8,6 +8,7 @@ import raven
 from raven.cache import KVCache
 from raven.layout import ChunkLayout
 from raven.ops import chunk_attention, consistency_step, gaussian_log_prob, kv_append, qk_norm_rope
+from raven.spans import Spans
 
 TOKENS, HEADS, DIM = 520, 4, 128
 
@@ -32,7 +33,7 @@ def attention():
 def decode():
     """A chunk of 260 queries over 5,200 keys: so few query tiles that the keys may be shared out."""
     q, k, v = _draw(1, 260, HEADS, DIM), _draw(1, 5200, HEADS, DIM), _draw(1, 5200, HEADS, DIM)
-    spans = raven.Spans.build([((0, 260), [(0, 520), (777, 5101)])])
+    spans = Spans.build([((0, 260), [(0, 520), (777, 5101)])])
     return "chunk_attention", (q, k, v), lambda: chunk_attention(q, k, v, spans, return_lse=True)
 
 
