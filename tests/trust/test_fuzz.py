@@ -114,3 +114,13 @@ def test_documents_inside_each_other():
     layout = ChunkLayout(segments, tuple(Document(4 * d, 12, 4, (1, 1, 1)) for d in range(2)))
     assert torch.equal(layout.spans.dense_mask(24, 24), layout.dense_mask())
     assert layout.spans.rows()[4] == ((16, 20), ((0, 4), (8, 12), (16, 20)))
+
+
+@pytest.mark.parametrize("order", ["interleaved", "clean_first"])
+def test_thousands_of_segments(order):
+    """z_i and x_i of one token each see i earlier chunks and themselves: n^2 pairs in all."""
+    layout = ChunkLayout.repacked((1,) * 1500, 1, order=order)
+    assert len(layout.segments) == 2999 and layout.spans.pairs == 1500**2
+    assert len(layout.spans.q_ranges) == 2999
+    if order == "clean_first":
+        assert len(layout.spans.kv_ranges) <= 2 * 2999, "touching keys are one range"

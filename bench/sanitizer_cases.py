@@ -1,0 +1,130 @@
+"""Small calls of every CUDA kernel, to be watched by compute-sanitizer; see `sanitizer.py`.
+
+Inputs are made on the host, so that the only kernels between a tool and its verdict are ours. Lengths end inside a
+tile, ranges lie apart, and results go back to the host, where they must be finite.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+import raven
+from raven.cache import KVCache
+from raven.layout import ChunkLayout
+from raven.ops import chunk_attention, gaussian_log_prob, kv_append, qk_norm_rope
+from raven.spans import Spans
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = False) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).cuda().requires_grad_(grad)
+
+
+def deterministic(on: bool) -> None:
+    torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # would hide what initcheck looks for
+
+
+def attention(dtype: torch.dtype, head_dim: int, ordered: bool) -> Sequence[torch.Tensor]:
+    layout = ChunkLayout.repacked((1, 2), 75, sink=1)
+    heads = (2, 1, 1)
+    q, k, v = (draw(1, layout.length, h, head_dim, dtype=dtype, grad=True) for h in heads)
+    out, lse = chunk_attention(q, k, v, layout, return_lse=True)
+    grad = draw(*q.shape, dtype=dtype)
+    deterministic(ordered)
+    grads = torch.autograd.grad(out, (q, k, v), grad)
+    deterministic(False)
+    return out, lse, *grads
+
+
+def decode(head_dim: int) -> Sequence[torch.Tensor]:
+    """Few queries over many keys: shared out among blocks, and merged."""
+    q, k, v = draw(1, 70, 1, head_dim), draw(1, 2100, 1, head_dim), draw(1, 2100, 1, head_dim)
+    with torch.no_grad():
+        return chunk_attention(q, k, v, Spans.build([((0, 70), [(0, 300), (450, 2090)])]), return_lse=True)
+
+
+def rows(dtype: torch.dtype, per_head: bool) -> Sequence[torch.Tensor]:
+    tokens, heads, dim = 37, 3, 64
+    q, k = (draw(1, tokens, heads, dim, dtype=dtype, grad=True) for _ in range(2))
+    weights = [draw(dim if per_head else heads * dim, dtype=torch.float32, grad=True) for _ in range(2)]
+    positions = torch.arange(3 * tokens, dtype=torch.int32).view(tokens, 3).cuda()
+    outputs = qk_norm_rope(q, k, *weights, positions, per_head=per_head)
+    grads = torch.autograd.grad(outputs, (q, k, *weights), [draw(*x.shape, dtype=dtype) for x in outputs])
+    return *outputs, *grads
+
+
+def append(cache_dtype: torch.dtype) -> Sequence[torch.Tensor]:
+    tokens, heads, dim = 37, 3, 64
+    q, k, v = (draw(1, tokens, heads, dim) for _ in range(3))
+    weights = [draw(heads * dim, dtype=torch.float32) for _ in range(2)]
+    positions = torch.arange(3 * tokens, dtype=torch.int32).view(tokens, 3).cuda()
+    cache = KVCache(1, 1, heads, dim, tokens, max_chunks=2, dtype=cache_dtype, device="cuda")
+    cache.begin(tokens, 0, 1)
+    with torch.no_grad():
+        query = kv_append(q, k, v, *weights, positions, cache, 0)
+    return query, cache.k[0][:, :tokens].float(), cache.v[0][:, :tokens].float()
+
+
+def states() -> tuple[torch.Tensor, ...]:
+    v, x_t, x_s = (draw(2, 3, 5, 7, 9, dtype=torch.float32, grad=True) for _ in range(3))
+    return v, x_t, x_s, torch.tensor([0.8, 0.7]).cuda(), torch.tensor([0.4, 0.3]).cuda()
+
+
+def log_prob() -> Sequence[torch.Tensor]:
+    v, x_t, x_s, t, s = states()
+    whole = gaussian_log_prob(v, x_t, x_s, t, s)
+    chunks = gaussian_log_prob(v, x_t, x_s, t, s, (2, 3))
+    grads = [torch.autograd.grad(x, (v, x_t, x_s), torch.ones(x.shape).cuda()) for x in (whole, chunks)]
+    return whole, chunks, *grads[0], *grads[1]
+
+
+CASES: dict[str, Callable[[], Sequence[torch.Tensor]]] = {
+    f"attention {dtype} {head_dim} {'deterministic' if ordered else 'fast'}": (
+        lambda dtype=dtype, head_dim=head_dim, ordered=ordered: attention(dtype, head_dim, ordered)
+    )
+    for dtype in (torch.bfloat16, torch.float16)
+    for head_dim in (64, 128)
+    for ordered in (False, True)
+} | {
+    "decode 64": lambda: decode(64),
+    "decode 128": lambda: decode(128),
+    "qk_norm_rope bfloat16": lambda: rows(torch.bfloat16, False),
+    "qk_norm_rope float32 per head": lambda: rows(torch.float32, True),
+    "kv_append bfloat16": lambda: append(torch.bfloat16),
+    "kv_append float8": lambda: append(torch.float8_e4m3fn),
+    "gaussian_log_prob": log_prob,
+}
+
+
+def run() -> None:
+    torch.manual_seed(0)
+    raven.set_backend("cuda")
+    for name, case in CASES.items():
+        try:
+            results = case()
+        except raven.BackendUnavailableError as error:
+            print(f"left out: {name}: {error}", flush=True)
+            continue
+        for result in results:
+            assert result.detach().cpu().float().isfinite().all(), f"{name}: a result is not finite"
+        print(f"case: {name}", flush=True)
+
+
+def kernels() -> None:
+    """Print which of our kernels the cases launch, and how often."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+    counts: dict[str, int] = {}
+    for event in profile.key_averages():
+        if found := re.search(r"raven::(?:\w+::)*\w+", event.key):
+            counts[found.group()] = counts.get(found.group(), 0) + event.count
+    for name, count in sorted(counts.items()):
+        print(f"kernel: {name}, {count} launches")
+
+
+if __name__ == "__main__":
+    kernels() if "--kernels" in sys.argv else run()
