@@ -1,5 +1,5 @@
-// What a newer compiler would ask of the machine's libraries, defined here in terms that the oldest supported ones know:
-// the wheel runs with glibc 2.28 and the libstdc++ of GCC 8, whatever built it. Hidden, so only this library sees it.
+// What a newer compiler would ask of the machine's libraries, in terms that the oldest supported ones know: the wheel
+// runs with glibc 2.28 and the libstdc++ of GCC 8, whatever built it. Hidden: only this library sees these.
 #include <new>
 #include <sstream>
 
@@ -18,9 +18,7 @@ extern "C" void raven_ostringstream(void* self) { new (self) std::ostringstream(
 
 extern "C" RAVEN_HIDDEN void raven_stringstream(void* self) asm(
     "_ZNSt7__cxx1118basic_stringstreamIcSt11char_traitsIcESaIcEEC1Ev");
-extern "C" void raven_stringstream(void* self) {
-    new (self) std::stringstream(std::ios_base::in | std::ios_base::out);
-}
+extern "C" void raven_stringstream(void* self) { new (self) std::stringstream(std::ios_base::in | std::ios_base::out); }
 
 // GCC 11 (GLIBCXX_3.4.29): a vector longer than the address space.
 extern "C" [[noreturn]] RAVEN_HIDDEN void raven_bad_length() asm("_ZSt28__throw_bad_array_new_lengthv");
