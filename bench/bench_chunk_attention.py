@@ -46,7 +46,8 @@ def _ragged() -> ChunkLayout:
 
 @dataclass(frozen=True)
 class Job:
-    """A mask; which peers can compute it: flex (any), cuDNN (no mask at all), others; the curve that it is on."""
+    """A mask; which peers can compute it: flex (any), cuDNN (no mask at all), others; the curve that it is on, and
+    whether it is there for that alone."""
 
     layout: Callable[[], ChunkLayout | Spans]
     flex: bool = False
@@ -54,6 +55,7 @@ class Job:
     others: bool = False
     batch: int = 1
     curve: str | None = None
+    curve_only: bool = False
 
 
 def _repacked(chunks: int, **options) -> Job:
@@ -76,8 +78,8 @@ TRAINING = {
     "ragged-pack-65520": Job(_ragged),
     "dense-32760": _dense(21, others=True),
 }
-LENGTHS = {f"dense-{frames * FRAME}": _dense(frames) for frames in (3, 6, 12, 39)} | {
-    f"repacked-{(2 * chunks - 1) * CHUNK}": _repacked(chunks) for chunks in (2, 3, 5, 10)
+LENGTHS = {f"dense-{frames * FRAME}": _dense(frames, curve_only=True) for frames in (3, 6, 12, 39)} | {
+    f"repacked-{(2 * chunks - 1) * CHUNK}": _repacked(chunks, curve_only=True) for chunks in (2, 3, 5, 10)
 }
 DECODE = {
     "decode-4680x4680": Job(partial(Spans.full, CHUNK, CHUNK), cudnn=True, others=True),
@@ -138,7 +140,7 @@ class Case:
         """What the plots need: tokens, the curve, and operations per byte of the tensors read and written once."""
         q, kv = self.q.nbytes, self.k.nbytes + self.v.nbytes
         moved, work = (2 * q + kv, 1.0) if direction == "forward" else (4 * q + 2 * kv, 2.5)
-        curve = {"curve": self.job.curve} if self.job.curve else {}
+        curve = {"curve": self.job.curve, "curve_only": self.job.curve_only} if self.job.curve else {}
         return {"tokens": self.q.shape[1], "intensity": work * self.flops / moved, **curve}
 
     # Errors: two heads of the last batch entry, whose float64 results are computed once for all backends and peers.

@@ -61,10 +61,10 @@ def _title(results: Mapping[str, Any]) -> str:
 
 
 def _shares(results: Mapping[str, Any]) -> Figure:
-    rows = results["rows"]
+    rows = [row for row in results["rows"] if not row.get("curve_only")]
     jobs = list(dict.fromkeys((row["op"], row["case"], row["direction"]) for row in rows))[::-1]
     backends = list(dict.fromkeys(row["backend"] for row in rows))
-    figure = _figure(9.5, 1.4 + 0.2 * len(jobs) * (0.6 + len(backends)))
+    figure = _figure(9.5, 1.4 + 0.15 * len(jobs) * (0.7 + len(backends)))
     axes = figure.add_subplot()
     height = 0.84 / len(backends)
     at = {job: i for i, job in enumerate(jobs)}
@@ -112,7 +112,7 @@ def _roofline(results: Mapping[str, Any]) -> Figure | None:
     left, right = 0.1, 3 * max(matmul / copy, *(x for _, (x, _) in points))
     corner = matmul / copy
     axes.plot([left, corner, right], [left * copy, matmul, matmul], color="black", lw=1.2)
-    axes.annotate(f"copy, {copy:.3g} TB/s", (left * 1.3, left * 1.3 * copy * 1.25), fontsize=8, rotation=34)
+    axes.annotate(f"copy, {copy:.3g} TB/s", (corner / 8, corner / 8 * copy * 1.6), fontsize=8, ha="right")
     axes.annotate(f"bf16 matrix product, {matmul:.3g} TFLOP/s", (corner * 1.2, matmul * 1.15), fontsize=8)
     styles = {"forward": "o", "backward": "v", "backward-deterministic": "^", "forward+backward": "D"}
     shown = set()

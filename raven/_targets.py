@@ -6,6 +6,7 @@ backend's own rate for another job.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +111,7 @@ def format_targets(results: Mapping[str, Any]) -> str:
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     text.insert(1, "  ".join("-" * width for width in widths).rstrip())
     if missing:
-        text += ["", "without a figure in this run: " + ", ".join(missing)]
+        text += ["", *textwrap.wrap(f"without a figure in this run: {', '.join(missing)}", 120)]
     return "\n".join(text) if len(lines) > 1 else ""
 
 
