@@ -197,6 +197,12 @@ def compile_all(build: Path, names: list[str], nvcc: Nvcc, torch: Torch, ops: li
         info.write_text(text)
     units = [Unit(source, build / f"{source.stem}.o") for source in [*ops, info]]
     units.append(Unit(Path("csrc/compat.cpp"), build / "compat.o"))
+    gone = (
+        {path.stem for path in build.glob("*.o")} - {unit.object.stem for unit in units} - {p.stem for p in sources()}
+    )
+    for name in gone:  # ops that were renamed: nothing may report on them
+        for path in build.glob(f"{name}.*"):
+            path.unlink()
     largest_first = sorted(units, key=lambda unit: -(ROOT / unit.source).stat().st_size)
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:

@@ -8,8 +8,9 @@
 
 The functions here are those of `raven.ops`, with the same arguments; arrays among them become tensors over the same
 memory, and results become arrays of the library that the first array is from (tensors where that library has no
-``from_dlpack``). CuPy arrays are read and written on CuPy's current stream of their device; other libraries are made
-to wait, or to be waited for, as DLPack prescribes. Arrays have no gradient: `as_tensor` leads to autograd.
+``from_dlpack``). CuPy arrays are read and written on CuPy's current stream of their device (``ValueError`` for the
+per-thread default stream); other libraries are made to wait, or to be waited for, as DLPack prescribes. Arrays have no
+gradient: `as_tensor` leads to autograd.
 
 DLPack has bfloat16, but NumPy and most versions of CuPy do not. With ``bfloat16_bits=True`` arrays of uint16 are taken
 as the bits of bfloat16 numbers, and bfloat16 results come back in the same way.
@@ -29,7 +30,9 @@ import torch
 
 from raven import ops
 
-LEGACY_STREAM = (0, 1)  # CuPy's names of CUDA's default stream; PyTorch would take 0 for "make a new one"
+# CUDA's names of two default streams. PyTorch would take 0 for "make a new stream".
+LEGACY_STREAM = (0, 1)
+PER_THREAD_STREAM = 2
 
 
 def as_tensor(x: Any, *, bfloat16_bits: bool = False, name: str = "x") -> torch.Tensor:
@@ -105,6 +108,11 @@ def _current_stream(arrays: list[Any]) -> AbstractContextManager:
         return nullcontext()
     device = torch.device("cuda", on_cupy.device.id)
     pointer = import_module("cupy").cuda.get_current_stream(device.index).ptr
+    if pointer == PER_THREAD_STREAM:
+        # One name for as many streams as threads: PyTorch would give memory that one still reads to another.
+        raise ValueError(
+            "stream: got CuPy's per-thread default stream, expected the null stream or a cupy.cuda.Stream()"
+        )
     if pointer in LEGACY_STREAM:
         return torch.cuda.stream(torch.cuda.default_stream(device))
     return torch.cuda.stream(torch.cuda.ExternalStream(pointer, device))

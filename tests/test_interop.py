@@ -214,15 +214,11 @@ def test_cupy_arrays_fill_a_cache(cupy):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["null", "own", "per thread"])
+@pytest.mark.parametrize("kind", ["null", "own"])
 def test_work_runs_on_the_current_stream_of_cupy(cupy, kind):
     """The op waits for what CuPy has queued before it, and CuPy for the op, without a word from the host."""
-    streams = {
-        "null": cupy.cuda.Stream.null,
-        "own": cupy.cuda.Stream(non_blocking=True),
-        "per thread": cupy.cuda.Stream.ptds,
-    }
-    stream, seen = streams[kind], []
+    stream = cupy.cuda.Stream.null if kind == "null" else cupy.cuda.Stream(non_blocking=True)
+    seen = []
 
     def op(x):
         seen.append(torch.cuda.current_stream().cuda_stream)
@@ -248,3 +244,17 @@ def test_work_runs_on_the_current_stream_of_cupy(cupy, kind):
     assert bool((got == want).all())
     assert seen == [stream.ptr]
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+@pytest.mark.gpu
+def test_stream_of_a_thread_is_refused(cupy):
+    x = on_gpu(cupy, 1, 4)
+    with cupy.cuda.Stream.ptds, pytest.raises(ValueError, match="got CuPy's per-thread default stream, expected"):
+        interop.gaussian_log_prob(x, x, x, 0.5, 0.5)
+
+
+@pytest.mark.gpu
+def test_negative_strides_of_cupy_are_refused(cupy):
+    x = on_gpu(cupy, 1, 4)
+    with pytest.raises(ValueError, match="v: got strides .* expected none that is negative"):
+        interop.gaussian_log_prob(x[:, ::-1], x, x, 0.5, 0.5)
