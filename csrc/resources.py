@@ -10,7 +10,6 @@ import argparse
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,12 +81,10 @@ def complaints(log: str) -> list[str]:
     return sorted({line.strip() for line in log.splitlines() if COMPLAINT.search(line)})
 
 
-def readable(names: Iterable[str]) -> dict[str, str]:
-    """Mangled names and what stands in the source."""
-    names = list(names)
-    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    short = [re.sub(r"^void |\(.*$", "", line) for line in done.stdout.splitlines()]
-    return dict(zip(names, short, strict=True))
+def readable(lines: list[str]) -> list[str]:
+    """Lines with mangled names as they stand in the source, without arguments."""
+    done = subprocess.run(["c++filt"], input="\n".join(lines), capture_output=True, text=True, check=True)
+    return [re.sub(r"(?<=[\w>])\([^']*\)|\bvoid (?=raven)", "", line) for line in done.stdout.splitlines()]
 
 
 def _product(numbers: str) -> int:
@@ -101,9 +98,9 @@ def report(log: Path) -> tuple[list[Kernel], list[str]]:
     """Kernels, under the names of their source, and faults of one object that `build_cuda` made; ``log`` lies by it."""
     text = log.read_text()
     found = kernels(text, log.with_suffix(".ptx").read_text())
-    names = readable(kernel.name for kernel in found)
-    found = [replace(kernel, name=names[kernel.name]) for kernel in found]
-    return found, [fault for kernel in found for fault in kernel.faults] + complaints(text)
+    names = readable([kernel.name for kernel in found])
+    found = [replace(kernel, name=name) for kernel, name in zip(found, names, strict=True)]
+    return found, [fault for kernel in found for fault in kernel.faults] + readable(complaints(text))
 
 
 def main() -> int:
