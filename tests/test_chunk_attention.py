@@ -1,6 +1,7 @@
 """chunk_attention on every lane against a dense mask in float64."""
 
 import random
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -194,14 +195,25 @@ def test_gpu_nan_outside():
     check_nan_outside("cuda", torch.bfloat16)
 
 
+@contextmanager
+def deterministic():
+    """Gradients repeat bit for bit; otherwise the order in which parts of dq are added is left to chance."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def check_batch_bits(device, dtype):
     layout = LAYOUTS["sink_window"]
     inputs, grad = make(layout, dtype, 64, 4, 2, batch=3, device=device)
-    out, lse = chunk_attention(*inputs, layout, return_lse=True)
-    grads = torch.autograd.grad(out, inputs, grad)
     alone = [x.detach()[1:2].contiguous().requires_grad_() for x in inputs]
+    out, lse = chunk_attention(*inputs, layout, return_lse=True)
     out1, lse1 = chunk_attention(*alone, layout, return_lse=True)
-    grads1 = torch.autograd.grad(out1, alone, grad[1:2])
+    with deterministic():
+        grads = torch.autograd.grad(out, inputs, grad)
+        grads1 = torch.autograd.grad(out1, alone, grad[1:2])
     for a, b in zip((out1, lse1, *grads1), (out, lse, *grads), strict=True):
         assert_bitwise(a, b[1:2])
 
@@ -329,9 +341,10 @@ def test_gpu_that_is_not_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     inputs, grad = make(LAYOUTS["one_token"], torch.bfloat16, 64, device="cuda:1")
-    out = chunk_attention(*inputs, LAYOUTS["one_token"])
-    got = (out, *torch.autograd.grad(out, inputs, grad))
-    with torch.cuda.device(1):
+    with deterministic():
+        out = chunk_attention(*inputs, LAYOUTS["one_token"])
+        got = (out, *torch.autograd.grad(out, inputs, grad))
+    with torch.cuda.device(1), deterministic():
         out = chunk_attention(*inputs, LAYOUTS["one_token"])
         want = (out, *torch.autograd.grad(out, inputs, grad))
     for a, b in zip(got, want, strict=True):
@@ -398,9 +411,13 @@ def test_gpu_repeats_bit_for_bit():
     first = None
     for _ in range(100):
         out, lse = chunk_attention(*inputs, layout, return_lse=True)
-        results = (out, lse, *torch.autograd.grad(out, inputs, grad))
+        with deterministic():
+            results = (out, lse, *torch.autograd.grad(out, inputs, grad))
         first = first or results
         assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True))
+    dq, dk, dv = torch.autograd.grad(chunk_attention(*inputs, layout), inputs, grad)
+    assert torch.equal(dk, first[3]) and torch.equal(dv, first[4]), "in any order but dq's"
+    assert relative_rms(dq, first[2].double()) <= tolerance(torch.bfloat16, "backward").rms
 
 
 @pytest.mark.gpu
@@ -439,11 +456,17 @@ def test_gpu_more_than_two_billion_elements():
 def test_gpu_memory_is_outputs_and_statistics():
     layout = ChunkLayout.repacked((3,) * 4, 500)
     inputs, grad = make(layout, torch.bfloat16, 128, 12, 12, batch=1, device="cuda")
+    rows = layout.length
+    if raven.explain("chunk_attention", *inputs).chosen == "cuda":  # whole tiles of each of the segments
+        rows = sum(-(-int(end - begin) // 80) * 80 for begin, end in layout.spans.q_ranges)
+        accumulator = rows * 12 * 128 * 4
+    else:
+        accumulator = 0
     one = inputs[0].numel() * 2
-    statistics = 4 * inputs[0].shape[1] * 12
     chunk_attention(*inputs, layout)
     extra = peak_extra_bytes(lambda: torch.autograd.grad(chunk_attention(*inputs, layout), inputs, grad))
-    assert extra <= 4 * one + 3 * statistics + 2**20, "out, dq, dk, dv and two rows of float32 statistics"
+    allowed = 4 * one + accumulator + 4 * 12 * (layout.length + 2 * rows) + 2**20
+    assert extra <= allowed, "out, dq, dk, dv, three rows of float32 statistics, on Hopper dq in float32"
 
 
 def check_infinite_scores(device, dtype):
