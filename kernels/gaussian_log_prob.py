@@ -1,14 +1,14 @@
-"""Triton kernels of `gaussian_log_prob`: sums of squares in two launches without atomics, and the gradients in one.
+"""Triton kernels of `gaussian_log_prob`: sums of squares over rows in one launch, and the gradients in another.
 
 A tensor is seen as ``[B, C, F, P]``, ``P`` elements a frame and channel; a chunk of frames is, in each channel, one
-contiguous run. A program sums one piece of a run into its own cell, and a second kernel adds the cells of a row in a
-fixed order. Piece sizes follow from the length of a run alone, so the bits do not depend on the batch.
+contiguous run, and in all channels a row. A program sums one piece of a run into its own cell; the program that
+finishes a row last, by an integer counter, adds the row's cells in their order and leaves the counter zero. Piece sizes
+follow from the length of a run alone, so the bits do not depend on the batch. `policy_loss` uses the same pieces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,8 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
+from raven.ops.gaussian_step import Chunks, borders, on_device, workspace
+
 HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
-FINISH_BLOCK = 1024
+ROW_BLOCK = tl.constexpr(1024)
+# Sizes that no address is aligned by: Triton would compile a kernel for each value of 1 and each multiple of 16.
+SIZES = ["C", "F", "N", "splits", "chunk_frames"]
+STRIDES = ["stride_tb", "stride_tn", "stride_sb", "stride_sn"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,8 @@ class Config:
 
 
 @triton.jit
-def _run(pid, frames_ptr, C, F, P, N, splits, chunk_frames, PIECE: tl.constexpr, RAGGED: tl.constexpr):
-    """Where program ``pid`` works: sample, channel, chunk, split; first element of the run, and the run's length."""
+def run_of(pid, frames_ptr, C, F, P, N, splits, chunk_frames, PIECE: tl.constexpr, RAGGED: tl.constexpr):
+    """Where program ``pid`` works: sample, chunk, cell of its row; first element of the run, its frames and length."""
     split = pid % splits
     row = pid // splits
     n = row % N
@@ -45,129 +50,154 @@ def _run(pid, frames_ptr, C, F, P, N, splits, chunk_frames, PIECE: tl.constexpr,
         first = n * chunk_frames
         frames = chunk_frames
     start = ((b.to(tl.int64) * C + c) * F + first) * P
-    return b, c, n, split, start, split * PIECE, frames * P
+    return b, n, c * splits + split, start, split * PIECE, frames, frames * P
 
 
 @triton.jit
-def _valid(t, s):
+def level_at(level, b, n, stride_b, stride_n, TABLE: tl.constexpr):
+    """A level, from its table or the number that holds everywhere."""
+    if TABLE:
+        return tl.load(level + b * stride_b + n * stride_n)
+    else:
+        return level
+
+
+@triton.jit
+def valid(t, s):
     return (s > 0) & (s <= 1) & (t >= 0) & (t <= 1)
 
 
 @triton.jit
-def _energy(
-    v_ptr, x_t_ptr, x_s_ptr, t_ptr, s_ptr, partial_ptr, frames_ptr,
+def residual(v_ptr, x_t_ptr, x_s_ptr, offsets, mask, t, a):
+    """``x_s - a (x_t - t v)``, rounded the same in every kernel, whatever else a compiler could fuse there."""
+    v = tl.load(v_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    x_t = tl.load(x_t_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    x_s = tl.load(x_s_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    return tl.fma(-a, tl.fma(-t, v, x_t), x_s)
+
+
+@triton.jit
+def arrivals(counter_ptr):
+    """How many programs were here before; what each wrote until then, this one sees."""
+    tl.debug_barrier()
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+
+
+@triton.jit
+def row_density(cells_ptr, cells, size, t, s):
+    """Log-density of a row of ``size`` elements from the sums of squares in its cells."""
+    acc = tl.zeros([ROW_BLOCK], tl.float32)
+    for i in range(0, cells, ROW_BLOCK):
+        offsets = i + tl.arange(0, ROW_BLOCK)
+        acc += tl.load(cells_ptr + offsets, mask=offsets < cells, other=0.0, cache_modifier=".cg")
+    log_prob = -tl.sum(acc) / (2.0 * s * s) - size.to(tl.float32) * (tl.log(s) + HALF_LOG_2PI)
+    # Levels on the device cannot be refused without a synchronisation: a bad one gives NaN, never a plausible number.
+    return tl.where(valid(t, s), log_prob, float("nan"))
+
+
+@triton.jit(do_not_specialize=SIZES + STRIDES)
+def _forward(
+    v_ptr, x_t_ptr, x_s_ptr, t_ptr, s_ptr, unit_ptr, partial_ptr, counters_ptr, out_ptr, frames_ptr,
     C, F, P, N, splits, chunk_frames, stride_tb, stride_tn, stride_sb, stride_sn,
-    BLOCK: tl.constexpr, STEPS: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK: tl.constexpr, STEPS: tl.constexpr, RAGGED: tl.constexpr, T_TABLE: tl.constexpr, S_TABLE: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
-    b, c, n, split, start, begin, length = _run(
+    b, n, cell, start, begin, frames, length = run_of(
         tl.program_id(0), frames_ptr, C, F, P, N, splits, chunk_frames, BLOCK * STEPS, RAGGED
     )
-    t = tl.load(t_ptr + b * stride_tb + n * stride_tn)
-    a = 1.0 - tl.load(s_ptr + b * stride_sb + n * stride_sn)
+    t = level_at(t_ptr, b, n, stride_tb, stride_tn, T_TABLE)
+    s = level_at(s_ptr, b, n, stride_sb, stride_sn, S_TABLE)
+    a = 1.0 - s
+    factor = tl.where(valid(t, s), -(t * a) / (s * s), float("nan"))
     acc = tl.zeros([BLOCK], tl.float32)
     for i in tl.static_range(STEPS):
         offsets = begin + i * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < length
-        v = tl.load(v_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-        x_t = tl.load(x_t_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-        x_s = tl.load(x_s_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-        e = x_s - a * (x_t - t * v)
-        acc += e * e
-    tl.store(partial_ptr + ((b.to(tl.int64) * N + n) * C + c) * splits + split, tl.sum(acc))
-
-
-@triton.jit
-def _finish(
-    partial_ptr, t_ptr, s_ptr, out_ptr, frames_ptr,
-    C, P, N, splits, chunk_frames, stride_tb, stride_tn, stride_sb, stride_sn,
-    BLOCK: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0)
-    b, n = row // N, row % N
+        e = residual(v_ptr + start, x_t_ptr + start, x_s_ptr + start, offsets, mask, t, a)
+        acc = tl.fma(e, e, acc)
+        if UNIT:
+            tl.store(unit_ptr + start + offsets, factor * e, mask=mask)
+    row = b * N + n
     cells = C * splits
-    acc = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, cells, BLOCK):
-        offsets = i + tl.arange(0, BLOCK)
-        acc += tl.load(partial_ptr + row.to(tl.int64) * cells + offsets, mask=offsets < cells, other=0.0)
-    if RAGGED:
-        frames = tl.load(frames_ptr + n + 1) - tl.load(frames_ptr + n)
-    else:
-        frames = chunk_frames
-    size = (frames * P).to(tl.float32) * C
-    t = tl.load(t_ptr + b * stride_tb + n * stride_tn)
-    s = tl.load(s_ptr + b * stride_sb + n * stride_sn)
-    log_prob = -tl.sum(acc) / (2.0 * s * s) - size * (tl.log(s) + HALF_LOG_2PI)
-    # Levels on the device cannot be refused without a synchronisation: a bad one gives NaN, never a plausible number.
-    tl.store(out_ptr + row, tl.where(_valid(t, s), log_prob, float("nan")))
+    cells_ptr = partial_ptr + row.to(tl.int64) * cells
+    tl.store(cells_ptr + cell, tl.sum(acc))
+    if arrivals(counters_ptr + row) == cells - 1:
+        tl.store(out_ptr + row, row_density(cells_ptr, cells, frames * P * C, t, s))
+        tl.store(counters_ptr + row, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES, "stride_gb", "stride_gn"])
 def _gradients(
     grad_ptr, v_ptr, x_t_ptr, x_s_ptr, t_ptr, s_ptr, d_v_ptr, d_x_t_ptr, d_x_s_ptr, frames_ptr,
-    C, F, P, N, splits, chunk_frames, stride_gb, stride_gn, stride_tb, stride_tn, stride_sb, stride_sn,
-    BLOCK: tl.constexpr, STEPS: tl.constexpr, RAGGED: tl.constexpr,
+    C, F, P, N, splits, chunk_frames, stride_tb, stride_tn, stride_sb, stride_sn, stride_gb, stride_gn,
+    BLOCK: tl.constexpr, STEPS: tl.constexpr, RAGGED: tl.constexpr, T_TABLE: tl.constexpr, S_TABLE: tl.constexpr,
     NEED_V: tl.constexpr, NEED_X_T: tl.constexpr, NEED_X_S: tl.constexpr,
 ):  # fmt: skip
     # From the end: the backward usually follows at once, and the end is what the forward left in the L2 cache.
-    b, _, n, _, start, begin, length = _run(
+    b, n, _, start, begin, _, length = run_of(
         tl.num_programs(0) - 1 - tl.program_id(0), frames_ptr, C, F, P, N, splits, chunk_frames, BLOCK * STEPS, RAGGED
     )
-    t = tl.load(t_ptr + b * stride_tb + n * stride_tn)
-    s = tl.load(s_ptr + b * stride_sb + n * stride_sn)
+    t = level_at(t_ptr, b, n, stride_tb, stride_tn, T_TABLE)
+    s = level_at(s_ptr, b, n, stride_sb, stride_sn, S_TABLE)
     a = 1.0 - s
-    scale = tl.load(grad_ptr + b * stride_gb + n * stride_gn) / (s * s)
-    scale = tl.where(_valid(t, s), scale, float("nan"))
+    grad = tl.load(grad_ptr + b * stride_gb + n * stride_gn)
+    square = tl.where(valid(t, s), s * s, float("nan"))
+    # The gradient of v is rounded as if the forward had written it for a gradient of 1.
+    factor = -(t * a) / square
+    scale = grad / square
     for i in tl.static_range(STEPS):
         offsets = begin + i * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < length
-        v = tl.load(v_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-        x_t = tl.load(x_t_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-        x_s = tl.load(x_s_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-        scaled = (x_s - a * (x_t - t * v)) * scale
+        e = residual(v_ptr + start, x_t_ptr + start, x_s_ptr + start, offsets, mask, t, a)
         if NEED_V:
-            tl.store(d_v_ptr + start + offsets, -(t * a) * scaled, mask=mask)
+            tl.store(d_v_ptr + start + offsets, grad * (factor * e), mask=mask)
         if NEED_X_T:
-            tl.store(d_x_t_ptr + start + offsets, a * scaled, mask=mask)
+            tl.store(d_x_t_ptr + start + offsets, a * scale * e, mask=mask)
         if NEED_X_S:
-            tl.store(d_x_s_ptr + start + offsets, -scaled, mask=mask)
+            tl.store(d_x_s_ptr + start + offsets, -scale * e, mask=mask)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "stride_gb", "stride_gn"])
+def _scale(
+    grad_ptr, gradient_ptr, out_ptr, frames_ptr,
+    C, F, P, N, splits, chunk_frames, stride_gb, stride_gn,
+    BLOCK: tl.constexpr, STEPS: tl.constexpr, RAGGED: tl.constexpr, IN_PLACE: tl.constexpr,
+):  # fmt: skip
+    b, n, _, start, begin, _, length = run_of(
+        tl.num_programs(0) - 1 - tl.program_id(0), frames_ptr, C, F, P, N, splits, chunk_frames, BLOCK * STEPS, RAGGED
+    )
+    grad = tl.load(grad_ptr + b * stride_gb + n * stride_gn)
+    if IN_PLACE:
+        # A gradient of 1, what a loss that is differentiated itself gets, costs no memory traffic.
+        length = tl.where(grad == 1.0, 0, length)
+    for i in tl.static_range(STEPS):
+        offsets = begin + i * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < length
+        gradient = tl.load(gradient_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + start + offsets, grad * gradient, mask=mask)
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """``[B, C, F, P]`` and the chunks along F; without chunks a sample is one channel of one frame."""
+class Pieces:
+    """How a shape is cut. Without chunks a sample is one channel of one frame."""
 
-    B: int
-    C: int
-    F: int
-    P: int
-    chunks: tuple[int, ...]
-
-    @classmethod
-    def of(cls, x: torch.Tensor, chunk_frames: Sequence[int] | None) -> Geometry:
-        B = x.shape[0]
-        if chunk_frames is None:
-            return cls(B, 1, 1, x.numel() // B if B else 0, (1,))
-        C, F = x.shape[1], x.shape[2]
-        return cls(B, C, F, x.numel() // (B * C * F) if x.numel() else 0, tuple(chunk_frames))
-
-    @property
-    def ragged(self) -> bool:
-        return min(self.chunks) != max(self.chunks)
-
-    @property
-    def run(self) -> int:
-        """Elements of the longest run."""
-        return max(self.chunks) * self.P
-
-    def borders(self, device: torch.device) -> torch.Tensor | None:
-        """First frame of every chunk and the end, on the device; equal chunks need none."""
-        return _borders(self.chunks, device) if self.ragged else None
+    sizes: tuple[int, ...]  # C, F, P, N, pieces of a run, frames of each chunk if they are equal
+    constants: tuple[int, int, bool]  # BLOCK, STEPS, RAGGED
+    num_warps: int
+    rows: int
+    cells: int  # of all rows; one program each
 
 
 @lru_cache(maxsize=256)
-def _borders(chunks: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    borders = [sum(chunks[:n]) for n in range(len(chunks) + 1)]
-    return torch.tensor(borders, dtype=torch.int32, device=device)
+def pieces(shape: torch.Size, chunks: Chunks, config: Config | None = None) -> Pieces:
+    elements = shape[1:].numel()
+    C, F, frames = (1, 1, (1,)) if chunks is None else (shape[1], shape[2], chunks)
+    P, N = elements // (C * F), len(frames)
+    run = max(frames) * P
+    config = config or default_config(run)
+    splits = triton.cdiv(run, config.block * config.steps)
+    constants = (config.block, config.steps, min(frames) != max(frames))
+    return Pieces((C, F, P, N, splits, frames[0]), constants, config.num_warps, shape[0] * N, shape[0] * N * C * splits)
 
 
 def default_config(run: int, wide: int = 4096) -> Config:
@@ -176,54 +206,70 @@ def default_config(run: int, wide: int = 4096) -> Config:
     return Config(block, min(2, triton.cdiv(run, block)), max(1, min(8, block // 512)))
 
 
-def _device(x: torch.Tensor):
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(x.device)
+_launchers: dict[tuple, object] = {}
 
 
-def _plain(x: torch.Tensor) -> torch.Tensor:
+def launch(kernel, programs: int, pointers: tuple, sizes: tuple, constants: tuple, num_warps: int) -> None:
+    """``kernel[programs](*pointers, *sizes, *constants)``.
+
+    Triton's own dispatch takes some forty microseconds to find the compiled kernel; the key here holds everything that
+    it looks at (types, addresses that are multiples of 16, sizes), so that later calls start what the first returned.
+    """
+    kinds = [(x.dtype, x.data_ptr() % 16) if isinstance(x, torch.Tensor) else type(x) for x in pointers]
+    key = (kernel.__name__, pointers[0].get_device(), sizes, constants, num_warps, *kinds)
+    compiled = _launchers.get(key)
+    grid = (programs, 1, 1)
+    if compiled is not None:
+        compiled[grid](*pointers, *sizes, *constants)
+        return
+    if len(_launchers) >= 4096:
+        _launchers.clear()
+    compiled = kernel[grid](*pointers, *sizes, *constants, num_warps=num_warps)
+    if compiled is not None:  # the interpreter compiles nothing
+        _launchers[key] = compiled
+
+
+def plain(x: torch.Tensor) -> torch.Tensor:
     """Contiguous and 16-byte aligned: alignment decides which elements a thread holds, hence the order of a sum."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 16 else x
 
 
-def _column_strides(x: torch.Tensor) -> tuple[int, int]:
-    return (x.stride(0), 0) if x.dim() == 1 else (x.stride(0), x.stride(1))
+def strides(x: torch.Tensor | float) -> tuple[int, int]:
+    """Of a table ``[B]`` or ``[B, N]``; 0 where one number holds for all."""
+    if not isinstance(x, torch.Tensor) or x.dim() == 0:
+        return 0, 0
+    return (x.stride(0), 0) if x.dim() == 1 else x.stride()
+
+
+def tables(*levels: torch.Tensor | float) -> tuple[bool, ...]:
+    return tuple(isinstance(level, torch.Tensor) for level in levels)
 
 
 def forward(
     v: torch.Tensor,
     x_t: torch.Tensor,
     x_s: torch.Tensor,
-    t: torch.Tensor,
-    s: torch.Tensor,
-    chunk_frames: Sequence[int] | None,
+    t: torch.Tensor | float,
+    s: torch.Tensor | float,
+    chunks: Chunks,
+    out: torch.Tensor,
+    unit: torch.Tensor | None = None,
+    keep: bool = False,
     config: Config | None = None,
-) -> torch.Tensor:
-    """``[B]``, or ``[B, N]`` with ``chunk_frames``; t and s ``[B, N]`` float32 of any strides."""
-    g = Geometry.of(x_t, chunk_frames)
-    N = len(g.chunks)
-    shape = (g.B,) if chunk_frames is None else (g.B, N)
-    if x_t.numel() == 0:
-        return torch.zeros(shape, dtype=torch.float32, device=x_t.device)
-    v, x_t, x_s = _plain(v), _plain(x_t), _plain(x_s)
-    config = config or default_config(g.run)
-    splits = triton.cdiv(g.run, config.block * config.steps)
-    borders = g.borders(x_t.device)
-    out = torch.empty(shape, dtype=torch.float32, device=x_t.device)
-    partial = torch.empty(g.B * N * g.C * splits, dtype=torch.float32, device=x_t.device)
-    strides = (*t.stride(), *s.stride())
-    with _device(x_t):
-        _energy[(partial.numel(),)](
-            v, x_t, x_s, t, s, partial, borders, g.C, g.F, g.P, N, splits, g.chunks[0], *strides,
-            BLOCK=config.block, STEPS=config.steps, RAGGED=g.ragged, num_warps=config.num_warps,
-        )  # fmt: skip
-        _finish[(g.B * N,)](
-            partial, t, s, out, borders, g.C, g.P, N, splits, g.chunks[0], *strides,
-            BLOCK=FINISH_BLOCK, RAGGED=g.ragged, num_warps=4,
-        )  # fmt: skip
-    return out
+) -> None:
+    """Write the log-density to ``out`` ``[B]`` or ``[B, N]``, and its gradient in v to ``unit``; inputs not empty.
+
+    t and s: numbers, or float32 ``[B]`` or ``[B, N]`` of any strides. ``keep``: see ``gaussian_step.workspace``.
+    """
+    cut = pieces(v.shape, chunks, config)
+    partial, counters = workspace(v.device, cut.cells, cut.rows, keep)
+    pointers = (
+        plain(v), plain(x_t), plain(x_s), t, s, unit, partial, counters, out, _borders(cut, chunks, v.device),
+    )  # fmt: skip
+    constants = (*cut.constants, *tables(t, s), unit is not None)
+    with on_device(v):
+        launch(_forward, cut.cells, pointers, (*cut.sizes, *strides(t), *strides(s)), constants, cut.num_warps)
 
 
 def backward(
@@ -231,67 +277,64 @@ def backward(
     v: torch.Tensor,
     x_t: torch.Tensor,
     x_s: torch.Tensor,
-    t: torch.Tensor,
-    s: torch.Tensor,
-    chunk_frames: Sequence[int] | None,
-    need_v: bool,
-    need_x_t: bool,
-    need_x_s: bool,
+    t: torch.Tensor | float,
+    s: torch.Tensor | float,
+    chunks: Chunks,
+    d_v: torch.Tensor | None,
+    d_x_t: torch.Tensor | None,
+    d_x_s: torch.Tensor | None,
     config: Config | None = None,
-) -> list[torch.Tensor]:
-    """The wanted gradients, contiguous, each in its input's dtype; ``grad`` ``[B]`` or ``[B, N]`` of any strides."""
-    needs = (need_v, need_x_t, need_x_s)
-    inputs = (v, x_t, x_s)
-    outs = [
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
-        for x, need in zip(inputs, needs, strict=True)
-    ]
-    wanted = [x for x in outs if x is not None]
-    if not wanted or x_t.numel() == 0:
-        return wanted
-    g = Geometry.of(x_t, chunk_frames)
-    N = len(g.chunks)
-    v, x_t, x_s = (x.contiguous() for x in inputs)
-    config = config or default_config(g.run)
-    splits = triton.cdiv(g.run, config.block * config.steps)
-    with _device(x_t):
-        _gradients[(g.B * N * g.C * splits,)](
-            grad, v, x_t, x_s, t, s, *outs, g.borders(x_t.device), g.C, g.F, g.P, N, splits, g.chunks[0],
-            *_column_strides(grad), *t.stride(), *s.stride(),
-            BLOCK=config.block, STEPS=config.steps, RAGGED=g.ragged,
-            NEED_V=need_v, NEED_X_T=need_x_t, NEED_X_S=need_x_s, num_warps=config.num_warps,
-        )  # fmt: skip
-    return wanted
+) -> None:
+    """Write the gradients that are not ``None``, contiguous; ``grad`` ``[B]`` or ``[B, N]`` of any strides."""
+    cut = pieces(v.shape, chunks, config)
+    outs = (d_v, d_x_t, d_x_s)
+    inputs = (x.contiguous() for x in (v, x_t, x_s))
+    pointers = (grad, *inputs, t, s, *outs, _borders(cut, chunks, v.device))
+    sizes = (*cut.sizes, *strides(t), *strides(s), *strides(grad))
+    constants = (*cut.constants, *tables(t, s), *(x is not None for x in outs))
+    with on_device(v):
+        launch(_gradients, cut.cells, pointers, sizes, constants, cut.num_warps)
+
+
+def scale(grad: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor, chunks: Chunks) -> None:
+    """``out = grad * gradient``, ``grad`` one number, ``[B]`` or ``[B, N]``; ``out`` may be ``gradient``."""
+    cut = pieces(out.shape, chunks)
+    pointers = (grad, gradient, out, _borders(cut, chunks, out.device))
+    constants = (*cut.constants, gradient is out)
+    with on_device(out):
+        launch(_scale, cut.cells, pointers, (*cut.sizes, *strides(grad)), constants, cut.num_warps)
+
+
+def _borders(cut: Pieces, chunks: Chunks, device: torch.device) -> torch.Tensor | None:
+    return borders(chunks, device) if cut.constants[-1] else None
 
 
 def aot_cases() -> Iterator[tuple[object, dict[str, str], dict[str, object], dict[str, int]]]:
     """What an ahead-of-time compile covers: ``(kernel, signature, constexprs, options)``."""
     config = default_config(1 << 20)
-    sizes = {
-        "forward": ("C", "F", "P", "N", "splits", "chunk_frames"),
-        "finish": ("C", "P", "N", "splits", "chunk_frames"),
-        "level": ("stride_tb", "stride_tn", "stride_sb", "stride_sn"),
-    }
-    loop = {"BLOCK": config.block, "STEPS": config.steps}
+    options = {"num_warps": config.num_warps}
+    ints = dict.fromkeys(["C", "F", "P", "N", "splits", "chunk_frames"], "i32")
+    level_strides = dict.fromkeys(STRIDES, "i32")
+    grad_strides = {"stride_gb": "i32", "stride_gn": "i32"}
     for ragged in (False, True):
         frames = {"frames_ptr": "*i32" if ragged else "constexpr"}
-        constant = {"RAGGED": ragged} | ({} if ragged else {"frames_ptr": None})
-        levels = {"t_ptr": "*fp32", "s_ptr": "*fp32"}
-        ints = dict.fromkeys(sizes["forward"] + sizes["level"], "i32")
+        loop = {"BLOCK": config.block, "STEPS": config.steps, "RAGGED": ragged}
+        loop |= {} if ragged else {"frames_ptr": None}
         for dtype in ("*bf16",) if ragged else ("*fp32", "*bf16", "*fp16"):
-            inputs = {"v_ptr": dtype, "x_t_ptr": "*fp32", "x_s_ptr": "*fp32"}
-            signature = {**inputs, **levels, "partial_ptr": "*fp32", **frames, **ints}
-            yield _energy, signature, {**loop, **constant}, {"num_warps": config.num_warps}
-            outs = {"d_v_ptr": dtype, "d_x_t_ptr": "constexpr", "d_x_s_ptr": "constexpr"}
+            table = dtype == "*bf16"
+            level = {"t_ptr": "*fp32" if table else "fp32", "s_ptr": "*fp32" if table else "fp32"}
+            kinds = {"T_TABLE": table, "S_TABLE": table}
+            inputs = {"v_ptr": dtype, "x_t_ptr": "*fp32", "x_s_ptr": "*fp32", **level}
+            unit = dtype == "*fp32"
+            outputs = {"unit_ptr": dtype, "partial_ptr": "*fp32", "counters_ptr": "*i32", "out_ptr": "*fp32"}
+            constants = {**loop, **kinds, "UNIT": unit}
+            if not unit:
+                outputs["unit_ptr"], constants["unit_ptr"] = "constexpr", None
+            yield _forward, {**inputs, **outputs, **frames, **ints, **level_strides}, constants, options
+            outputs = {"d_v_ptr": dtype, "d_x_t_ptr": "constexpr", "d_x_s_ptr": "constexpr"}
             needs = {"NEED_V": True, "NEED_X_T": False, "NEED_X_S": False, "d_x_t_ptr": None, "d_x_s_ptr": None}
-            grads = {"grad_ptr": "*fp32", **inputs, **levels, **outs, **frames}
-            strides = {"stride_gb": "i32", "stride_gn": "i32"}
-            yield (
-                _gradients,
-                {**grads, **ints, **strides},
-                {**loop, **constant, **needs},
-                {"num_warps": config.num_warps},
-            )
-        ints = dict.fromkeys(sizes["finish"] + sizes["level"], "i32")
-        signature = {"partial_ptr": "*fp32", **levels, "out_ptr": "*fp32", **frames, **ints}
-        yield _finish, signature, {"BLOCK": FINISH_BLOCK, **constant}, {"num_warps": 4}
+            signature = {"grad_ptr": "*fp32", **inputs, **outputs, **frames, **ints, **level_strides, **grad_strides}
+            yield _gradients, signature, {**loop, **kinds, **needs}, options
+            waiting = "*fp32" if dtype == "*fp16" else dtype
+            signature = {"grad_ptr": "*fp32", "gradient_ptr": waiting, "out_ptr": dtype, **frames, **ints}
+            yield _scale, {**signature, **grad_strides}, {**loop, "IN_PLACE": waiting == dtype}, options

@@ -4,6 +4,7 @@ from raven.ops.chunk_attention import chunk_attention
 from raven.ops.consistency_step import consistency_step
 from raven.ops.gaussian_log_prob import gaussian_log_prob
 from raven.ops.kv_append import kv_append
+from raven.ops.policy_loss import policy_loss
 from raven.ops.qk_norm_rope import qk_norm_rope
 
-__all__ = ["chunk_attention", "consistency_step", "gaussian_log_prob", "kv_append", "qk_norm_rope"]
+__all__ = ["chunk_attention", "consistency_step", "gaussian_log_prob", "kv_append", "policy_loss", "qk_norm_rope"]

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from raven import backends
-from raven.errors import check_dtype, check_level, check_same_device, check_shape
+from raven.errors import check_no_tangent
+from raven.ops import gaussian_step as step
 from raven.reference import gaussian_log_prob as reference
-from raven.schedule import Level, check_chunk_frames, compute_dtype, level_table
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from raven.schedule import Level, compute_dtype
 
 
 def gaussian_log_prob(
@@ -37,36 +36,122 @@ def gaussian_log_prob(
 
     Returns:
         ``[B]``, or ``[B, N]`` with ``chunk_frames``; float32, accumulated in float32 (float64 for float64 inputs). No
-        atomics: a sample gives the same bits alone, in a batch and from run to run. Empty samples give 0.
+        sum by atomics: a sample gives the same bits alone, in a batch and from run to run. Empty samples give 0.
 
     Raises:
         ValueError: shapes, devices, chunk sizes, levels out of range (``s = 0`` is a point mass and has no density), a
             level that requires a gradient. Levels in a CUDA tensor are not read back, which would stall the stream:
             there a level out of range makes its log-density and gradients NaN.
         TypeError: an unsupported dtype.
+        NotImplementedError: second derivatives, forward-mode derivatives.
         BackendUnavailableError: the backend asked for by name cannot run these tensors.
     """
-    for name, x in (("v", v), ("x_t", x_t), ("x_s", x_s)):
-        check_dtype(name, x, DTYPES)
-        check_same_device(name, x, "v", v)
-        check_shape(name, x, v.shape)
-    if v.dim() == 0:
-        raise ValueError("v: got shape (), expected [B, ...]")
-    chunks = None if chunk_frames is None else check_chunk_frames(chunk_frames, v)
+    chunks, dtype = step.check_states(v, x_t, x_s, chunk_frames)
     columns = 1 if chunks is None else len(chunks)
-    dtype = compute_dtype(v, x_t, x_s)
-    for name, level in (("t", t), ("s", s)):
-        check_level(name, level, exclusive=name == "s")
-        if isinstance(level, torch.Tensor) and level.requires_grad:
-            raise ValueError(
-                f"{name}: got a tensor that requires a gradient, expected a constant (try {name}.detach())"
-            )
-    levels = [level_table(name, x, v.shape[0], columns, v.device, dtype) for name, x in (("t", t), ("s", s))]
-    return _forward_op(v, x_t, x_s, *levels, chunks)
+    check_no_tangent("gaussian_log_prob", v, x_t, x_s)
+    if not step.direct(v, x_t, x_s):
+        return _forward_op(v, x_t, x_s, *step.table_levels(t, s, v, columns, dtype), chunks)
+    t = step.direct_level("t", t, v, columns, dtype)
+    s = step.direct_level("s", s, v, columns, dtype)
+    backend = backends.select("gaussian_log_prob", v, x_t, x_s)
+    if torch.is_grad_enabled() and (v.requires_grad or x_t.requires_grad or x_s.requires_grad):
+        velocity = v.dtype == torch.float32 and backend != "reference" and not (x_t.requires_grad or x_s.requires_grad)
+        return (_DirectVelocity if velocity else _Direct).apply(v, x_t, x_s, t, s, chunks, backend)
+    return _forward_on(backend, v, x_t, x_s, t, s, chunks, True)
 
 
-# Plain dispatcher registrations and not torch.library.custom_op: at four samples the host, not the GPU, sets the time,
-# and these take about half of its overhead.
+def _forward_on(backend, v, x_t, x_s, t, s, chunks, keep, unit=None):
+    """The log-density; ``unit`` receives its gradient in v (on a GPU backend). ``keep``: see ``step.workspace``."""
+    if backend == "reference":
+        t, s = step.reference_level(t, chunks), step.reference_level(s, chunks)
+        return reference.gaussian_log_prob(v, x_t, x_s, t, s, chunks)
+    plan, device = step.plan(v.shape, chunks), v.device
+    if v.numel() == 0:
+        return torch.zeros(plan.shape, dtype=torch.float32, device=device)
+    out = torch.empty(plan.shape, dtype=torch.float32, device=device)
+    if backend == "triton":
+        from raven.kernels import gaussian_log_prob as kernels
+
+        kernels.forward(v, x_t, x_s, t, s, chunks, out, unit, keep)
+        return out
+    with step.on_device(v):
+        torch.ops.raven_cuda.gaussian_log_prob_forward.default(
+            v.contiguous(), x_t.contiguous(), x_s.contiguous(), *step.kernel_level(t), *step.kernel_level(s),
+            step.borders(chunks, device), *plan.sizes, *step.workspace(device, plan.cells, plan.rows, keep), out, unit,
+        )  # fmt: skip
+    return out
+
+
+def _backward_on(backend, grad, v, x_t, x_s, t, s, chunks, need_v, need_x_t, need_x_s):
+    """The gradients of v, x_t, x_s; ``None`` for one that is not wanted."""
+    needs = (need_v, need_x_t, need_x_s)
+    if backend == "reference":
+        t, s = step.reference_level(t, chunks), step.reference_level(s, chunks)
+        grads = iter(reference.gaussian_log_prob_backward(grad, v, x_t, x_s, t, s, chunks, *needs))
+        return tuple(next(grads) if need else None for need in needs)
+    outs = tuple(
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
+        for x, need in zip((v, x_t, x_s), needs, strict=True)
+    )
+    if v.numel() == 0 or not any(needs):
+        return outs
+    if backend == "triton":
+        from raven.kernels import gaussian_log_prob as kernels
+
+        kernels.backward(grad, v, x_t, x_s, t, s, chunks, *outs)
+        return outs
+    with step.on_device(v):
+        torch.ops.raven_cuda.gaussian_log_prob_backward.default(
+            grad, v.contiguous(), x_t.contiguous(), x_s.contiguous(), *step.kernel_level(t), *step.kernel_level(s),
+            step.borders(chunks, v.device), *step.plan(v.shape, chunks).sizes, *outs,
+        )  # fmt: skip
+    return outs
+
+
+class _Direct(torch.autograd.Function):
+    """Straight to the backend: what the registered op below does, without the dispatcher's rounds through Python."""
+
+    @staticmethod
+    def forward(ctx, v, x_t, x_s, t, s, chunks, backend):
+        ctx.save_for_backward(v, x_t, x_s, *(x if isinstance(x, torch.Tensor) else None for x in (t, s)))
+        ctx.numbers = [None if isinstance(x, torch.Tensor) else x for x in (t, s)]
+        ctx.chunks, ctx.backend = chunks, backend
+        return _forward_on(backend, v, x_t, x_s, t, s, chunks, True)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_second_derivative()
+        v, x_t, x_s, t, s = ctx.saved_tensors
+        t, s = ctx.numbers[0] if t is None else t, ctx.numbers[1] if s is None else s
+        return *_backward_on(ctx.backend, grad, v, x_t, x_s, t, s, ctx.chunks, *ctx.needs_input_grad[:3]), *(None,) * 4
+
+
+class _DirectVelocity(torch.autograd.Function):
+    """For a float32 velocity that alone needs a gradient: the forward, which has read everything, writes it for a
+    gradient of 1, and the backward scales it. That moves six tensors instead of seven, and keeps one instead of three.
+    """
+
+    @staticmethod
+    def forward(ctx, v, x_t, x_s, t, s, chunks, backend):
+        unit = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        ctx.save_for_backward(unit)
+        ctx.chunks, ctx.backend = chunks, backend
+        return _forward_on(backend, v, x_t, x_s, t, s, chunks, True, unit)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_second_derivative()
+        (unit,) = ctx.saved_tensors
+        return step.scale_gradient(ctx.backend, grad, unit, unit.dtype, ctx.chunks), *(None,) * 6
+
+
+def _refuse_second_derivative() -> None:
+    """The backward has no formula of its own: its gradient must be an error, not a silent zero."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError("gaussian_log_prob: second derivatives are not available")
+
+
+# Plain dispatcher registrations and not torch.library.custom_op, which takes the host twice as long.
 _library = torch.library.Library("raven", "FRAGMENT")
 _library.define(
     "gaussian_log_prob(Tensor v, Tensor x_t, Tensor x_s, Tensor t, Tensor s, int[]? chunk_frames) -> Tensor",
@@ -82,22 +167,15 @@ _backward_op = torch.ops.raven.gaussian_log_prob_backward.default
 
 
 def _forward(v, x_t, x_s, t, s, chunk_frames):
-    if backends.select("gaussian_log_prob", v, x_t, x_s) == "reference":
-        t, s = (level[:, 0] if chunk_frames is None else level for level in (t, s))
-        return reference.gaussian_log_prob(v, x_t, x_s, t, s, chunk_frames)
-    from raven.kernels import gaussian_log_prob as kernels
-
-    return kernels.forward(v, x_t, x_s, t, s, chunk_frames)
+    chunks = None if chunk_frames is None else tuple(chunk_frames)
+    return _forward_on(backends.select("gaussian_log_prob", v, x_t, x_s), v, x_t, x_s, t, s, chunks, False)
 
 
 def _backward(grad, v, x_t, x_s, t, s, chunk_frames, need_v, need_x_t, need_x_s):
-    needs = (need_v, need_x_t, need_x_s)
-    if backends.select("gaussian_log_prob", v, x_t, x_s) == "reference":
-        t, s = (level[:, 0] if chunk_frames is None else level for level in (t, s))
-        return reference.gaussian_log_prob_backward(grad, v, x_t, x_s, t, s, chunk_frames, *needs)
-    from raven.kernels import gaussian_log_prob as kernels
-
-    return kernels.backward(grad, v, x_t, x_s, t, s, chunk_frames, *needs)
+    chunks = None if chunk_frames is None else tuple(chunk_frames)
+    backend = backends.select("gaussian_log_prob", v, x_t, x_s)
+    grads = _backward_on(backend, grad, v, x_t, x_s, t, s, chunks, need_v, need_x_t, need_x_s)
+    return [x for x in grads if x is not None]
 
 
 def _fake_forward(v, x_t, x_s, t, s, chunk_frames):
@@ -129,10 +207,9 @@ def _autograd(v, x_t, x_s, t, s, chunk_frames):
     return _LogProb.apply(v, x_t, x_s, t, s, chunk_frames)
 
 
-def _no_second_derivative(*args):
-    """The backward is an op of its own: without a formula its gradient must be an error, not a silent zero."""
-    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
-        raise NotImplementedError("gaussian_log_prob: second derivatives are not available")
+def _backward_autograd(*args):
+    if any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
+        _refuse_second_derivative()
     with torch._C._AutoDispatchBelowAutograd():
         return _backward_op(*args)
 
@@ -140,16 +217,8 @@ def _no_second_derivative(*args):
 _library.impl("gaussian_log_prob", _forward, "CompositeExplicitAutograd")
 _library.impl("gaussian_log_prob_backward", _backward, "CompositeExplicitAutograd")
 _library.impl("gaussian_log_prob", _autograd, "Autograd")
-_library.impl("gaussian_log_prob_backward", _no_second_derivative, "Autograd")
+_library.impl("gaussian_log_prob_backward", _backward_autograd, "Autograd")
 torch.library.register_fake("raven::gaussian_log_prob", _fake_forward, lib=_library)
 torch.library.register_fake("raven::gaussian_log_prob_backward", _fake_backward, lib=_library)
 
-
-def _triton_reason(*tensors: torch.Tensor) -> str | None:
-    x = tensors[0]
-    if x.numel() >= 2**31 * max(1, x.shape[0]):
-        return "a sample has 2**31 elements or more"
-    return backends.triton_reason(*tensors)
-
-
-backends.register("gaussian_log_prob", triton=_triton_reason, reference=backends.always)
+backends.register("gaussian_log_prob", cuda=step.cuda_reason, triton=step.triton_reason, reference=backends.always)
