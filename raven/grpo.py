@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from raven.errors import check_shape
-from raven.losses import clipped_ratio_loss, consistency_kl, policy_ratio, reinforce_loss, weighted_mean
-from raven.ops import gaussian_log_prob
+from raven.losses import chunk_weights, clipped_ratio_loss, consistency_kl, policy_ratio, reinforce_loss, weighted_mean
+from raven.ops import gaussian_log_prob, policy_loss
 from raven.repack import repacked_forward
 from raven.schedule import euler_maruyama_kernel, x0_from_velocity
 from raven.stream import Rollout, Stream
@@ -234,13 +234,19 @@ def cm_grpo_loss(
     if kl > 0 and kernel != "consistency":
         raise ValueError(f"kl: got {kl} with kernel {kernel!r}, expected kernel 'consistency'")
     visible = {"sink": sink, "window": window}
-    log_prob, v = replay(model, step, context, chunk_frames, kernel=kernel, noise_level=noise_level, **visible)
-    elements = chunk_elements(step.x_t, chunk_frames)
-    metrics = {"log_prob": (log_prob.detach().sum(dim=1) / sum(elements)).mean()}
-    if old_log_prob is None:
-        loss = reinforce_loss(log_prob, advantages, elements, alpha, scale)
+    elements, frames = chunk_elements(step.x_t, chunk_frames), tuple(chunk_frames)
+    if old_log_prob is None and kernel == "consistency":
+        v = repacked_forward(model, step.x_t, step.x_0, step.t, context, frames, **visible)
+        weights = chunk_weights(frames, alpha).tolist()
+        loss, log_prob = policy_loss(v, step.x_t, step.x_s, step.t, step.s, advantages, frames, weights, scale)
     else:
-        loss = clipped_ratio_loss(log_prob, old_log_prob, advantages, elements, clip, alpha, scale)
+        log_prob, v = replay(model, step, context, frames, kernel=kernel, noise_level=noise_level, **visible)
+        if old_log_prob is None:
+            loss = reinforce_loss(log_prob, advantages, elements, alpha, scale)
+        else:
+            loss = clipped_ratio_loss(log_prob, old_log_prob, advantages, elements, clip, alpha, scale)
+    metrics = {"log_prob": (log_prob.detach().sum(dim=1) / sum(elements)).mean()}
+    if old_log_prob is not None:
         ratio = policy_ratio(log_prob.detach(), old_log_prob, elements)
         metrics |= {"ratio": ratio.mean(), "clipped": ((ratio - 1).abs() > clip).float().mean()}
     if kl > 0:

@@ -14,7 +14,7 @@ from raven.grpo import (
     step_log_prob,
     transition,
 )
-from raven.losses import policy_ratio
+from raven.losses import policy_ratio, reinforce_loss
 from raven.models import CausalWan, WanConfig
 from raven.schedule import consistency_kernel, euler_maruyama_kernel, sampling_levels
 from raven.stream import rollout
@@ -171,7 +171,7 @@ def test_gradient_is_advantage_times_the_score(model):
     step = transition(played, torch.tensor([0, 1, 2, 2]))
     v = torch.randn_like(step.x_t).requires_grad_()
     advantages = torch.tensor([1.0, -2.0, 0.5, 0.0])
-    from raven.losses import chunk_weights, reinforce_loss
+    from raven.losses import chunk_weights
 
     elements = chunk_elements(step.x_t, CHUNKS)
     reinforce_loss(step_log_prob(v, step, CHUNKS), advantages, elements).backward()
@@ -180,6 +180,24 @@ def test_gradient_is_advantage_times_the_score(model):
     weights = chunk_weights(CHUNKS, -1).repeat_interleave(torch.tensor(CHUNKS))[:, None, None]
     want = -100 * advantages.reshape(-1, 1, 1, 1, 1) * weights * score / v[0].numel() / len(v)
     torch.testing.assert_close(v.grad, want, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("alpha", [-1.0, 0.0])
+def test_fused_loss_is_the_composition(model, alpha):
+    """The update's loss, metric and gradients are those of replay and ``reinforce_loss``."""
+    played, context = play(model)
+    step = transition(played, torch.tensor([0, 1, 2, 2]))
+    advantages = torch.tensor([1.0, -2.0, 0.5, 3.0])
+    elements = chunk_elements(step.x_t, CHUNKS)
+    log_prob, _ = replay(model, step, context, CHUNKS)
+    want = reinforce_loss(log_prob, advantages, elements, alpha)
+    loss, metrics = cm_grpo_loss(model, step, advantages, context, CHUNKS, alpha=alpha)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(metrics["log_prob"], (log_prob.detach().sum(1) / sum(elements)).mean())
+    weight = model.head.head.weight
+    got, expected = (torch.autograd.grad(x * 0.25, weight)[0] for x in (loss, want))
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kernel", ["consistency", "euler_maruyama"])
