@@ -8,7 +8,7 @@ INSTALL := RAVEN_BUILD_NO_CUDA=1 $(BIN)/python -m pip install --quiet -c constra
 # What an installation depends on: extras, packages, and the sources of the compiled module.
 SETUP := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.py csrc/host/*.cpp csrc/include/raven/planner.h)
 LIBRARY := raven/libraven_cuda.so
-CUDA_SOURCES := $(wildcard csrc/*.json csrc/*.py csrc/*.cpp csrc/*.in csrc/ops/* csrc/include/raven/*)
+CUDA_SOURCES := raven/__init__.py $(wildcard csrc/*.json csrc/*.py csrc/*.cpp csrc/*.in csrc/ops/* csrc/include/raven/*)
 CXX_FILES = $$(git ls-files csrc 2>/dev/null | grep -E '\.(h|cpp|cu|cuh)$$' || find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -47,7 +47,8 @@ test-cpp: .venv/test.stamp  ## C++ build and its tests
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure; fi
 
 test-cuda: .venv/cuda.stamp  ## compile every CUDA source for sm_90a, without a GPU, and check what came out
-	@if ! command -v g++ > /dev/null; then echo "no g++: the CUDA build is left out"; else set -ex; \
+	@if [ "$$(uname -s)" != Linux ] || ! command -v g++ > /dev/null; then echo "no Linux or no g++: the CUDA build is left out"; \
+	else set -ex; \
 	$(BIN)/python csrc/build_cuda.py --output build/cuda/libraven_cuda.so; \
 	$(BIN)/python csrc/resources.py; \
 	$(BIN)/python -m pytest -q -m cuda_build $(ARGS); fi

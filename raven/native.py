@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+import raven
+
 LIBRARY = Path(__file__).with_name("libraven_cuda.so")
 CAPABILITY = (9, 0)  # sm_90a code runs on no other
 MARK = b"raven-build-config "  # before the JSON in the file, csrc/build_info.cu.in
@@ -24,6 +26,9 @@ def unavailable() -> str | None:
     """Load the library; why that is not possible, or ``None``."""
     if not LIBRARY.exists():
         return "the CUDA library is not installed (make cuda, or pip install without RAVEN_BUILD_NO_CUDA)"
+    made_for = _compiled_in().get("raven", raven.__version__)
+    if made_for != raven.__version__:
+        return f"the CUDA library was built for raven {made_for}, and this is {raven.__version__}: build it again"
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
     if not torch.cuda.is_available():

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from raven import native
+import raven
+from raven import env, native
 
 ROOT = Path(__file__).parents[1]
 
@@ -172,6 +173,25 @@ def test_build_config_of_another_file(monkeypatch, tmp_path):
     config = native.build_config()
     assert config.keys() == {"library", "unavailable"}
     assert config["unavailable"].startswith("the CUDA library does not load: ")
+
+
+def test_a_library_of_another_version(monkeypatch, tmp_path):
+    """What it was built with is read out of the file, which is used by the version that it was built for alone."""
+    config = {"raven": "0.0.9", "archs": "90a", "ops": "one two", "nvcc": "13.0.88", "host_compiler": "12.2.0"}
+    config |= {"cuda_runtime": 13000, "torch_target_version": "0x020a000000000000", "flags": "-O3"}
+    library = tmp_path / "libraven_cuda.so"
+    library.write_bytes(b"\x7fELF" + native.MARK + json.dumps(config).encode() + b"\0 more")
+    monkeypatch.setattr(native, "LIBRARY", library)
+    forget(monkeypatch)
+    facts = native.build_config()
+    why = f"the CUDA library was built for raven 0.0.9, and this is {raven.__version__}: build it again"
+    assert facts == config | {
+        "library": str(library), "unavailable": why, "archs": ["90a"], "ops": ["one", "two"], "cuda_runtime": "13.0",
+        "torch_target_version": "2.10",
+    }  # fmt: skip
+    text = env.describe(env.collect())
+    assert f"CUDA library: {library}, raven 0.0.9, sm_90a, nvcc 13.0.88, GCC 12.2.0, for torch 2.10 and newer" in text
+    assert f"; not used: {why}\n" in text
 
 
 def test_a_driver_that_is_too_old(monkeypatch, tmp_path):
