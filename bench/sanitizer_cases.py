@@ -1,7 +1,8 @@
 """Small calls of every CUDA kernel, to be watched by compute-sanitizer; see `sanitizer.py`.
 
 Inputs are made on the host, so that the only kernels between a tool and its verdict are ours. Lengths end inside a
-tile, ranges lie apart, and results go back to the host, where they must be finite.
+tile, ranges lie apart, and results go back to the host, where they must be finite. Words on the command line choose
+the cases that have one of them in their name.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import raven
 from raven.cache import KVCache
 from raven.layout import ChunkLayout
-from raven.ops import chunk_attention, gaussian_log_prob, kv_append, qk_norm_rope
+from raven.ops import chunk_attention, gaussian_log_prob, kv_append, policy_loss, qk_norm_rope
 from raven.spans import Spans
 
 
@@ -82,6 +83,13 @@ def log_prob() -> Sequence[torch.Tensor]:
     return whole, chunks, *grads[0], *grads[1]
 
 
+def policy() -> Sequence[torch.Tensor]:
+    v, x_t, x_s, t, s = states()
+    x_t, x_s = x_t.detach(), x_s.detach()
+    loss, log_prob = policy_loss(v, x_t, x_s, t, s, torch.tensor([1.5, -0.5]).cuda(), (2, 3), (1.0, 0.5))
+    return loss, log_prob, *torch.autograd.grad(loss, v)
+
+
 CASES: dict[str, Callable[[], Sequence[torch.Tensor]]] = {
     f"attention {dtype} {head_dim} {'deterministic' if ordered else 'fast'}": (
         lambda dtype=dtype, head_dim=head_dim, ordered=ordered: attention(dtype, head_dim, ordered)
@@ -97,13 +105,17 @@ CASES: dict[str, Callable[[], Sequence[torch.Tensor]]] = {
     "kv_append bfloat16": lambda: append(torch.bfloat16),
     "kv_append float8": lambda: append(torch.float8_e4m3fn),
     "gaussian_log_prob": log_prob,
+    "policy_loss": policy,
 }
 
 
 def run() -> None:
     torch.manual_seed(0)
     raven.set_backend("cuda")
+    wanted = [word for word in sys.argv[1:] if not word.startswith("--")]
     for name, case in CASES.items():
+        if wanted and not any(word in name for word in wanted):
+            continue
         try:
             results = case()
         except raven.BackendUnavailableError as error:

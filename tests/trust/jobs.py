@@ -7,7 +7,7 @@ import torch
 import raven
 from raven.cache import KVCache
 from raven.layout import ChunkLayout
-from raven.ops import chunk_attention, consistency_step, gaussian_log_prob, kv_append, qk_norm_rope
+from raven.ops import chunk_attention, consistency_step, gaussian_log_prob, kv_append, policy_loss, qk_norm_rope
 from raven.spans import Spans
 
 TOKENS, HEADS, DIM = 520, 4, 128
@@ -76,6 +76,19 @@ def log_prob():
     return "gaussian_log_prob", (v, x_t, x_s), run
 
 
+def policy():
+    v, x_t, x_s = (_draw(3, 4, 6, 13, 17, dtype=torch.float32) for _ in range(3))
+    v.requires_grad_()
+    t, s = torch.full((3, 2), 0.8, device="cuda"), torch.full((3, 2), 0.4, device="cuda")
+    advantages = torch.tensor([1.5, -0.5, 0.25], device="cuda")
+
+    def run():
+        loss, result = policy_loss(v, x_t, x_s, t, s, advantages, (2, 4), (1.0, 0.5))
+        return loss.detach(), result, *torch.autograd.grad(loss, v)
+
+    return "policy_loss", (v, x_t, x_s), run
+
+
 def step():
     v, x_t, noise = (_draw(3, 4, 6, 13, 17, dtype=torch.float32).requires_grad_() for _ in range(3))
     t, s = torch.full((3,), 0.8, device="cuda"), torch.full((3,), 0.4, device="cuda")
@@ -93,6 +106,7 @@ JOBS = {
     "norm_rope": norm_rope,
     "append": append,
     "log_prob": log_prob,
+    "policy": policy,
     "step": step,
 }
 
