@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.distributions import Normal
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import raven
 from raven.backends import get_backend
@@ -329,6 +330,24 @@ def test_compiles_without_graph_breaks(chunk_frames):
     torch.testing.assert_close(got, want)
     for g, w in zip(*(torch.autograd.grad(x, (v, x_t)) for x in (got, want)), strict=True):
         torch.testing.assert_close(g, w)
+
+
+def test_a_dispatch_mode_sees_the_op():
+    """Nobody else does: the call goes straight to its backend, with the same result."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    names, inputs = [], draw((2, 3))
+    plain = gaussian_log_prob(*inputs)
+    (want,) = torch.autograd.grad(plain.sum(), inputs[0])
+    with Seen():
+        got = gaussian_log_prob(*inputs)
+    assert "raven::gaussian_log_prob" in names
+    assert_bitwise(got, plain)
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), inputs[0])[0], want)
 
 
 def test_second_derivative_is_an_error():

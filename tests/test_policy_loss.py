@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import raven
 from raven.backends import get_backend
@@ -269,6 +270,24 @@ def test_compiles_without_graph_breaks(chunk_frames):
     torch.testing.assert_close(got, want)
     assert not got[1].requires_grad
     torch.testing.assert_close(torch.autograd.grad(got[0], v), torch.autograd.grad(want[0], v))
+
+
+def test_a_dispatch_mode_sees_the_op():
+    """Nobody else does: the call goes straight to its backend, with the same result."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    names, inputs = [], draw((2, 3), None)
+    plain = policy_loss(*inputs)[0]
+    (want,) = torch.autograd.grad(plain.sum(), inputs[0])
+    with Seen():
+        got = policy_loss(*inputs)[0]
+    assert "raven::policy_loss" in names
+    assert_bitwise(got, plain)
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), inputs[0])[0], want)
 
 
 def test_second_derivative_is_an_error():

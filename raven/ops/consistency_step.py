@@ -6,6 +6,7 @@ import torch
 
 from raven import backends
 from raven.errors import check_dtype, check_level, check_no_tangent, check_same_device, check_shape
+from raven.ops.gaussian_step import direct
 from raven.reference import consistency_step as reference
 from raven.schedule import Level, compute_dtype, level_table
 
@@ -57,6 +58,9 @@ def consistency_step(
     if noise is None and (isinstance(s, torch.Tensor) or s != 0):
         source = x_t.device if generator is None else generator.device
         noise = torch.randn(x_t.shape, generator=generator, dtype=x_t.dtype, device=source).to(x_t.device)
+    tensors = [x for x in (v, x_t, noise) if x is not None]
+    if direct(*tensors) and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return _run(v, x_t, noise, *levels)
     return _consistency_step(v, x_t, noise, *levels)
 
 
@@ -79,8 +83,7 @@ def _per_frame(name: str, level: Level, x: torch.Tensor, dtype: torch.dtype) -> 
     return level_table(name, level, B, columns, x.device, dtype)
 
 
-@torch.library.custom_op("raven::consistency_step", mutates_args=())
-def _consistency_step(
+def _run(
     v: torch.Tensor, x_t: torch.Tensor, noise: torch.Tensor | None, t: torch.Tensor, s: torch.Tensor
 ) -> torch.Tensor:
     if backends.select("consistency_step", v, x_t, noise) == "reference":
@@ -89,6 +92,9 @@ def _consistency_step(
     from raven.kernels import consistency_step as kernels
 
     return kernels.forward(v, x_t, noise, t, s)
+
+
+_consistency_step = torch.library.custom_op("raven::consistency_step", _run, mutates_args=())
 
 
 @_consistency_step.register_fake

@@ -53,10 +53,10 @@ def gaussian_log_prob(
         return _forward_op(v, x_t, x_s, *step.table_levels(t, s, v, columns, dtype), chunks)
     t = step.direct_level("t", t, v, columns, dtype)
     s = step.direct_level("s", s, v, columns, dtype)
-    backend = backends.select("gaussian_log_prob", v, x_t, x_s)
+    backend = step.choose("gaussian_log_prob", v, x_t, x_s)
     if torch.is_grad_enabled() and (v.requires_grad or x_t.requires_grad or x_s.requires_grad):
         velocity = v.dtype == torch.float32 and backend != "reference" and not (x_t.requires_grad or x_s.requires_grad)
-        return (_DirectVelocity if velocity else _Direct).apply(v, x_t, x_s, t, s, chunks, backend)
+        return (_apply_velocity if velocity else _apply)(v, x_t, x_s, t, s, chunks, backend)
     return _forward_on(backend, v, x_t, x_s, t, s, chunks, True)
 
 
@@ -133,7 +133,7 @@ class _DirectVelocity(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, v, x_t, x_s, t, s, chunks, backend):
-        unit = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        unit = torch.empty_like(v, memory_format=torch.contiguous_format)
         ctx.save_for_backward(unit)
         ctx.chunks, ctx.backend = chunks, backend
         return _forward_on(backend, v, x_t, x_s, t, s, chunks, True, unit)
@@ -143,6 +143,10 @@ class _DirectVelocity(torch.autograd.Function):
         _refuse_second_derivative()
         (unit,) = ctx.saved_tensors
         return step.scale_gradient(ctx.backend, grad, unit, unit.dtype, ctx.chunks), *(None,) * 6
+
+
+# Function.apply but for its question whether functorch is at work, which ``step.direct`` has answered.
+_apply, _apply_velocity = (super(torch.autograd.Function, each).apply for each in (_Direct, _DirectVelocity))
 
 
 def _refuse_second_derivative() -> None:

@@ -26,17 +26,16 @@ STEP = 1024
 PIECE = 8192
 
 
-def direct(v: torch.Tensor, x_t: torch.Tensor, x_s: torch.Tensor) -> bool:
+def direct(*tensors: torch.Tensor) -> bool:
     """Whether only autograd needs to see a call: no tracing, tensor subclass, dispatch mode or functorch transform."""
     if torch.compiler.is_compiling():
         return False
-    return (
-        type(v) in PLAIN
-        and type(x_t) in PLAIN
-        and type(x_s) in PLAIN
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    for x in tensors:
+        if type(x) not in PLAIN:
+            return False
+    return True
 
 
 def check_states(
@@ -115,6 +114,20 @@ def triton_reason(*tensors: torch.Tensor) -> str | None:
     return huge(tensors[0]) or backends.triton_reason(*tensors)
 
 
+_chosen: dict[tuple, str] = {}
+
+
+def choose(op: str, v: torch.Tensor, x_t: torch.Tensor, x_s: torch.Tensor) -> str:
+    """``backends.select``, remembered for GPU tensors: nothing else that it looks at changes within a process."""
+    if not v.is_cuda or huge(v):
+        return backends.select(op, v, x_t, x_s)
+    key = (op, backends.get_backend(), v.device, v.dtype, x_t.dtype, x_s.dtype)
+    chosen = _chosen.get(key)
+    if chosen is None:
+        chosen = _chosen[key] = backends.select(op, v, x_t, x_s)
+    return chosen
+
+
 class Plan(NamedTuple):
     """How the CUDA kernels cut a shape: a function of one sample, which keeps the order of its sums."""
 
@@ -160,7 +173,7 @@ def workspace(device: torch.device, cells: int, counters: int, keep: bool) -> tu
     """
     if not keep or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return _new_workspace(device, cells, counters)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
     found = _workspaces.get(key)
     if found is None or found[0].numel() < cells or found[1].numel() < counters:
         found = _workspaces[key] = _new_workspace(device, max(cells, 2**15), max(counters, 2**12))

@@ -78,9 +78,9 @@ def policy_loss(
         need = torch.is_grad_enabled() and v.requires_grad
         return _policy_op(v, x_t, x_s, *levels, advantages, weights, scale, chunks, need)[:2]
     levels = [step.direct_level(name, level, v, columns, dtype) for name, level in (("t", t), ("s", s))]
-    backend = backends.select("policy_loss", v, x_t, x_s)
+    backend = step.choose("policy_loss", v, x_t, x_s)
     if torch.is_grad_enabled() and v.requires_grad:
-        return _Direct.apply(v, x_t, x_s, *levels, advantages, weights, scale, chunks, backend)
+        return _apply(v, x_t, x_s, *levels, advantages, weights, scale, chunks, backend)
     return _run(backend, v, x_t, x_s, *levels, advantages, weights, scale, chunks, False, True)[:2]
 
 
@@ -156,6 +156,10 @@ class _Direct(torch.autograd.Function):
         else:
             d_v = step.scale_gradient(ctx.backend, grad, gradient, ctx.dtype, ctx.chunks)
         return d_v, *(None,) * 9
+
+
+# Function.apply but for its question whether functorch is at work, which ``step.direct`` has answered.
+_apply = super(torch.autograd.Function, _Direct).apply
 
 
 def _refuse_second_derivative() -> None:
