@@ -160,6 +160,8 @@ def compile_unit(unit: Unit, nvcc: Nvcc, torch: Torch, flags: list[str]) -> bool
     keep = unit.object.with_suffix(".keep")
     keep.mkdir(exist_ok=True)
     depends = keep / "depends"
+    depends.touch()
+    started = depends.stat().st_mtime
     include = [part for folder in torch.include for part in ("-isystem", folder)]
     extra = ["-MD", "-MF", str(depends), "--keep", "--keep-dir", str(keep), "-o", str(unit.object)]
     command = [str(nvcc.path), *flags, *include, *extra, "-c", str(unit.source)]
@@ -172,7 +174,8 @@ def compile_unit(unit: Unit, nvcc: Nvcc, torch: Torch, flags: list[str]) -> bool
     included = _own_files(depends.read_text())
     shutil.rmtree(keep)
     record = {"key": key, "source": _digest(unit.source), "files": {str(path): _digest(path) for path in included}}
-    unit.record.write_text(json.dumps(record, indent=1))
+    if all((ROOT / path).stat().st_mtime < started for path in (unit.source, *included)):  # or it was edited meanwhile
+        unit.record.write_text(json.dumps(record, indent=1))
     return True
 
 
@@ -197,17 +200,15 @@ def compile_all(build: Path, names: list[str], nvcc: Nvcc, torch: Torch, ops: li
         info.write_text(text)
     units = [Unit(source, build / f"{source.stem}.o") for source in [*ops, info]]
     units.append(Unit(Path("csrc/compat.cpp"), build / "compat.o"))
-    gone = (
-        {path.stem for path in build.glob("*.o")} - {unit.object.stem for unit in units} - {p.stem for p in sources()}
-    )
+    known = {unit.object.stem for unit in units} | {path.stem for path in sources()}
+    gone = {path.stem for path in build.glob("*.o")} - known
     for name in gone:  # ops that were renamed: nothing may report on them
         for path in build.glob(f"{name}.*"):
             path.unlink()
     largest_first = sorted(units, key=lambda unit: -(ROOT / unit.source).stat().st_size)
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
-        for made in pool.map(lambda unit: compile_unit(unit, nvcc, torch, flags), largest_first):
-            del made  # an exception of a worker is raised here
+        list(pool.map(lambda unit: compile_unit(unit, nvcc, torch, flags), largest_first))  # raises what they raise
     return units
 
 
@@ -248,8 +249,10 @@ def link(units: list[Unit], output: Path, build: Path, nvcc: Nvcc) -> None:
 def build(output: Path = LIBRARY, folder: Path | None = None, ops: list[Path] | None = None) -> list[Unit]:
     """Build the library, in the repository as the current folder; raises ``BuildError`` with the fix in its message."""
     names, nvcc, torch = archs(), find_nvcc(), find_torch()
-    if shutil.which(os.environ.get("NVCC_CCBIN") or "g++") is None:
-        raise BuildError(f"g++: found none, and nvcc needs it: install GCC, or name one in NVCC_CCBIN. {NO_CUDA}")
+    if shutil.which(portable.COMPILER) is None:
+        raise BuildError(
+            f"{portable.COMPILER}: found none, and nvcc needs it: install GCC, or name one in NVCC_CCBIN. {NO_CUDA}"
+        )
     folder = folder or build_folder()
     units = compile_all(folder, names, nvcc, torch, ops)
     link(units, output, folder, nvcc)

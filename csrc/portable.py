@@ -7,11 +7,13 @@ later C library still has.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+COMPILER = os.environ.get("NVCC_CCBIN") or "g++"  # the one that nvcc uses
 # Where a function was before 2.34, by the start of its name.
 HOMES = {"dl": "libdl.so.2", "pthread_": "libpthread.so.0", "sem_": "libpthread.so.0", "shm_": "librt.so.1"}
 
@@ -66,14 +68,14 @@ def stub(path: Path, symbols: Mapping[str, list[str]], name: str) -> Path:
     script.write_text("\n".join(nodes))
     source = "".join(f"void {s}(void) {{}}\n" for names in symbols.values() for s in names)
     options = [f"-Wl,--version-script={script}"] if symbols else []
-    command = ["gcc", "-shared", "-fPIC", "-nostdlib", "-w", "-fno-builtin", f"-Wl,-soname,{name}", *options]
+    command = [COMPILER, "-shared", "-fPIC", "-nostdlib", "-w", "-fno-builtin", f"-Wl,-soname,{name}", *options]
     subprocess.run([*command, "-x", "c", "-", "-o", str(path)], input=source, text=True, check=True)
     return path
 
 
 def _libc() -> Path:
     """The C library that the linker takes."""
-    trace = subprocess.run(["gcc", "-print-file-name=libc.so.6"], capture_output=True, text=True, check=True)
+    trace = subprocess.run([COMPILER, "-print-file-name=libc.so.6"], capture_output=True, text=True, check=True)
     return Path(trace.stdout.strip())
 
 

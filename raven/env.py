@@ -108,7 +108,7 @@ def _cuda_library(built: dict[str, Any]) -> str:
     if "nvcc" in built:
         text += (
             f", raven {built['raven']}, sm_{' sm_'.join(built['archs'])}, nvcc {built['nvcc']}, "
-            f"GCC {built['host_compiler']}, for torch {built['torch_target_version']} and newer"
+            f"{built['host_compiler']}, for torch {built['torch_target_version']} and newer"
         )
     return text + (f"; not used: {built['unavailable']}" if built["unavailable"] else "")
 

@@ -177,7 +177,7 @@ def test_build_config_of_another_file(monkeypatch, tmp_path):
 
 def test_a_library_of_another_version(monkeypatch, tmp_path):
     """What it was built with is read out of the file, which is used by the version that it was built for alone."""
-    config = {"raven": "0.0.9", "archs": "90a", "ops": "one two", "nvcc": "13.0.88", "host_compiler": "12.2.0"}
+    config = {"raven": "0.0.9", "archs": "90a", "ops": "one two", "nvcc": "13.0.88", "host_compiler": "GCC 12.2.0"}
     config |= {"cuda_runtime": 13000, "torch_target_version": "0x020a000000000000", "flags": "-O3"}
     library = tmp_path / "libraven_cuda.so"
     library.write_bytes(b"\x7fELF" + native.MARK + json.dumps(config).encode() + b"\0 more")
