@@ -102,8 +102,9 @@ def kernel_level(level: Level) -> tuple[torch.Tensor | None, float]:
 
 
 def huge(x: torch.Tensor) -> str | None:
-    """The kernels count the elements of a sample in 32 bits."""
-    return "a sample has 2**31 elements or more" if x.numel() >= 2**31 * max(1, x.shape[0]) else None
+    """The kernels count the elements of a sample, and those of the step behind its end, in 32 bits."""
+    largest = 2**31 - 2**16
+    return f"a sample has more than {largest} elements" if x.numel() > largest * max(1, x.shape[0]) else None
 
 
 def cuda_reason(*tensors: torch.Tensor) -> str | None:

@@ -85,15 +85,23 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 // What was written for a gradient of 1, times the gradient of its row. Where that is 1 and nothing moves, it costs
 // no memory traffic.
 template <typename In, typename Out>
-__global__ void __launch_bounds__(kThreads)
-    scale_rows(In in, Out out, Geometry g, Level grad) {
+__global__ void __launch_bounds__(kThreads) scale_rows(In in, Out out, Geometry g, Level grad) {
     const Piece p = locate_from_the_end(g);
     const float factor = grad.at(p.sample, p.chunk);
     if (factor == 1.0f && in.data == out.data) return;
-#pragma unroll 4
-    for (int i = p.begin + threadIdx.x * kVector; i < p.end; i += kStep) {
-        const int count = min(kVector, p.end - i);
-        out.store(p.start + i, count, scaled(factor, in.load(p.start + i, count)));
+    constexpr int kUnroll = In::kUnroll * 2;
+    for (int base = p.begin + threadIdx.x * kVector; base < p.end; base += kUnroll * kStep) {
+        float4 x[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            const int i = base + u * kStep;
+            if (i < p.end) x[u] = in.load(p.start + i, min(kVector, p.end - i));
+        }
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            const int i = base + u * kStep;
+            if (i < p.end) out.store(p.start + i, min(kVector, p.end - i), scaled(factor, x[u]));
+        }
     }
 }
 
@@ -119,8 +127,8 @@ inline cudaError_t gaussian_log_prob_backward(const rows::Inputs& in, const rows
     const bool vectors = rows::vectors(in, g) && rows::aligned(d_v, in.v_type) && rows::aligned(d_x_t, in.x_t_type) &&
                          rows::aligned(d_x_s, in.x_s_type);
     rows::with_readers(in, vectors, [&](auto v, auto x_t, auto x_s) {
-        rows::log_prob_backward<<<g.blocks(), rows::kThreads, 0, stream>>>(
-            v, x_t, x_s, v.at(d_v), x_t.at(d_x_t), x_s.at(d_x_s), g, t, s, grad);
+        rows::log_prob_backward<<<g.blocks(), rows::kThreads, 0, stream>>>(v, x_t, x_s, v.at(d_v), x_t.at(d_x_t),
+                                                                           x_s.at(d_x_s), g, t, s, grad);
     });
     return cudaGetLastError();
 }

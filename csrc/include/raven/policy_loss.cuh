@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 }  // namespace rows
 
 // One number into loss, log N of every row into log_prob [B, chunks], and the loss's gradient into d_v, of v's type
-// (float for half; null: not wanted). advantages [B] of any stride, weights [chunks]; partial holds rows * cells numbers, counters rows + 1
-// zeros (and leaves zeros).
+// (float for half; null: not wanted). advantages [B] of any stride, weights [chunks]; partial holds rows * cells
+// numbers, counters rows + 1 zeros (and leaves zeros).
 inline cudaError_t policy_loss(const rows::Inputs& in, const rows::Geometry& g, const rows::Level& t,
                                const rows::Level& s, const rows::Level& advantages, const float* weights, float scale,
                                float* partial, unsigned* counters, float* log_prob, float* loss, void* d_v,

@@ -97,7 +97,7 @@ struct Aligned {
         return Aligned<Waiting>{other};
     }
     __device__ float4 load(int64_t i, int) const {
-        const uint2 raw = __ldg(static_cast<const uint2*>(data) + i / kVector);
+        const uint2 raw = static_cast<const uint2*>(data)[i / kVector];
         const float2 a = unpack(reinterpret_cast<const Pair&>(raw.x)), b = unpack(reinterpret_cast<const Pair&>(raw.y));
         return make_float4(a.x, a.y, b.x, b.y);
     }
@@ -116,7 +116,7 @@ struct Aligned<float2> {
 
     Aligned at(void* other) const { return {other}; }
     Aligned gradient(void* other) const { return {other}; }
-    __device__ float4 load(int64_t i, int) const { return __ldg(static_cast<const float4*>(data) + i / kVector); }
+    __device__ float4 load(int64_t i, int) const { return static_cast<const float4*>(data)[i / kVector]; }
     __device__ void store(int64_t i, int, float4 x) const { static_cast<float4*>(data)[i / kVector] = x; }
 };
 
@@ -137,9 +137,8 @@ struct Any {
         if (type == Type::kFloat) {
             static_cast<float*>(data)[i] = x;
         } else {
-            static_cast<unsigned short*>(data)[i] = type == Type::kHalf
-                                                        ? __half_as_ushort(__float2half_rn(x))
-                                                        : __bfloat16_as_ushort(__float2bfloat16_rn(x));
+            static_cast<unsigned short*>(data)[i] = type == Type::kHalf ? __half_as_ushort(__float2half_rn(x))
+                                                                        : __bfloat16_as_ushort(__float2bfloat16_rn(x));
         }
     }
     __device__ float4 load(int64_t i, int count) const {
@@ -247,9 +246,12 @@ inline bool vectors(const Inputs& in, const Geometry& g) {
 template <typename Use>
 void with_reader(void* data, Type type, Use use) {
     switch (type) {
-        case Type::kFloat: return use(Aligned<float2>{data});
-        case Type::kBfloat16: return use(Aligned<__nv_bfloat162>{data});
-        case Type::kHalf: return use(Aligned<__half2>{data});
+        case Type::kFloat:
+            return use(Aligned<float2>{data});
+        case Type::kBfloat16:
+            return use(Aligned<__nv_bfloat162>{data});
+        case Type::kHalf:
+            return use(Aligned<__half2>{data});
     }
 }
 
