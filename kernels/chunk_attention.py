@@ -116,6 +116,34 @@ def _forward(
     tl.store(Lse + (b.to(tl.int64) * H + h) * L + row, lse, mask=inside)
 
 
+@triton.jit(do_not_specialize=["L", "slots"])
+def _merge(Parts, PartsLse, Out, Lse, merges, slots, L, H, TILE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr):
+    """Join the parts of a tile of queries whose keys were shared out, in the order of the parts."""
+    item, rows, cols = merges + 5 * tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
+    b = tl.program_id(2).to(tl.int64)
+    q_start, q_length, h = tl.load(item), tl.load(item + 1), tl.load(item + 2)
+    first, last = tl.load(item + 3), tl.load(item + 3) + tl.load(item + 4)
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    for part in range(first, last):
+        m = tl.maximum(m, tl.load(PartsLse + (b * slots + part) * TILE + rows))
+    shift = tl.where(m == float("-inf"), 0.0, m) * LOG2E
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D], tl.float32)
+    for part in range(first, last):
+        row = (b * slots + part) * TILE + rows
+        weight = tl.exp2(tl.load(PartsLse + row) * LOG2E - shift)
+        total += weight
+        acc += weight[:, None] * tl.load(Parts + row[:, None] * D + cols[None, :])
+    seen = total != 0
+    out = acc * tl.where(seen, 1.0 / total, 0.0)[:, None]
+    inside = rows < q_length
+    row = q_start.to(tl.int64) + rows
+    at = ((b * L + row) * H + h)[:, None] * D + cols[None, :]
+    tl.store(Out + at, out.to(Out.dtype.element_ty), mask=inside[:, None])
+    lse = tl.where(seen, (shift + tl.log2(total)) * LN2, float("-inf"))
+    tl.store(Lse + (b * H + h) * L + row, lse, mask=inside)
+
+
 @triton.jit(do_not_specialize=["L"])
 def _delta(Out, Grad, GradLse, Delta, stride_gb, stride_gl, stride_gh, L, H, HAS_LSE: tl.constexpr,
            ROWS: tl.constexpr, D: tl.constexpr):  # fmt: skip
@@ -348,6 +376,9 @@ def aot_cases(capability: int):
         yield _case(_backward_q, tensors | {"q_tiles": "*i32"} | grads | ranges | heads, shared, config)
         tensors = {x: f"*{name}" for x in ("K", "V", "DK", "DV")} | {x: tile(keys.block_q) for x in ("Q", "Grad")}
         yield _case(_backward_k, tensors | {"k_tiles": "*i32", "LK": "i32"} | grads | ranges | heads, shared, keys)
+    tensors = {"Out": "*bf16", "merges": "*i32"} | dict.fromkeys(("Parts", "PartsLse", "Lse"), "*fp32")
+    sizes = dict.fromkeys(("slots", "L", "H"), "i32")
+    yield _merge, tensors | sizes, {"TILE": 128, "ROWS": 16, "D": 128}, {"num_warps": 4, "num_stages": 2}
     strides = dict.fromkeys(("stride_gb", "stride_gl", "stride_gh", "L", "H"), "i32")
     tensors = {"Out": "*bf16", "Grad": "*bf16", "GradLse": "*fp32", "Delta": "*fp32"}
     yield _delta, tensors | strides, {"HAS_LSE": True, "ROWS": 64, "D": 128}, {"num_warps": 4, "num_stages": 2}
@@ -373,6 +404,22 @@ def forward(q, k, v, out, lse, tiles, scale: float, config: Config) -> None:
         BLOCK_Q=config.block_q, BLOCK_K=config.block_k, D=D, TMA=tma, PRECISION=_precision(q.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+
+
+def merge(parts, parts_lse, out, lse, merges) -> None:
+    """Join parts of tiles of queries, each over its share of the keys, into ``out [B, Lq, H, D]`` and ``lse``.
+
+    Args:
+        parts, parts_lse: ``[B, slots, rows, D]`` and ``[B, slots, rows]`` float32: outputs and log-sum-exps.
+        merges: int32 ``[n, 5]`` of (first query, queries, head, first slot, parts).
+    """
+    B, slots, tile, D = parts.shape
+    if not (len(merges) and B):
+        return
+    rows = 16
+    _merge[len(merges), tile // rows, B](
+        parts, parts_lse, out, lse, merges, slots, out.shape[1], out.shape[2], TILE=tile, ROWS=rows, D=D
+    )
 
 
 def backward(

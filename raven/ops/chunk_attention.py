@@ -12,6 +12,7 @@ import torch
 from raven import backends
 from raven.errors import check_dtype, check_no_tangent, check_same_device, check_shape
 from raven.ops import _chunk_attention_cuda as cuda
+from raven.ops import _chunk_attention_gluon as gluon
 from raven.ops._device_lists import held_by_graphs
 from raven.planner import TilePlan, plan, transpose
 from raven.reference import chunk_attention as reference
@@ -113,6 +114,10 @@ def _chunk_attention(
     if backend == "cuda":
         with torch.cuda.device_of(q):
             cuda.forward(q, k, v, out, lse, (q_ranges, kv_indptr, kv_ranges), scale)
+        return out, lse
+    if gluon.reason(q, k, v) is None:
+        with torch.cuda.device_of(q):
+            gluon.forward(q, k, v, out, lse, (q_ranges, kv_indptr, kv_ranges), scale)
         return out, lse
     from raven.kernels import chunk_attention as kernels
 

@@ -1,0 +1,100 @@
+"""Launches of the Gluon forward kernel of ``chunk_attention``, which the Triton backend runs on Hopper."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+
+import numpy as np
+import torch
+
+from raven import backends
+from raven.ops._chunk_attention_cuda import copyable, multiprocessors
+from raven.ops._device_lists import held_by_graphs
+from raven.planner import plan
+from raven.worklist import forward_work
+
+CHECKED = ((3, 6),)  # releases of Triton whose Gluon ran this kernel's tests on a GPU
+DTYPES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = (64, 128)
+ROWS = 128  # query rows of a tile
+KEYS = 128  # keys of a step
+
+
+def reason(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why the Triton backend runs its portable forward kernel on these tensors, or ``None`` if it runs Hopper's."""
+    if q.dtype not in DTYPES:
+        return f"dtype {q.dtype} is not one of bfloat16, float16"
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"head_dim {q.shape[-1]} is not one of {HEAD_DIMS}"
+    if k.numel() == 0:
+        return "there are no keys"
+    if not q.is_cuda:
+        return f"the tensors are on {q.device.type}"
+    capability = torch.cuda.get_device_capability(q.device)
+    if capability != (9, 0):
+        return f"compute capability {capability} is not (9, 0)"
+    return compiler_reason()
+
+
+@lru_cache(maxsize=1)
+def compiler_reason() -> str | None:
+    """Why the installed Triton does not compile the kernel, or ``None``."""
+    version = backends.triton_version()
+    if version is None:
+        return "triton is not installed"
+    if tuple(int(part) for part in version.split(".")[:2]) not in CHECKED:
+        names = ", ".join(".".join(map(str, release)) for release in CHECKED)
+        return f"Gluon differs between releases of Triton: checked with {names}, got {version}"
+    try:
+        import_module("raven.kernels.chunk_attention_hopper")
+    except (ImportError, AttributeError) as error:
+        return f"the Gluon of triton {version} lacks something: {error}"
+    return None
+
+
+class DeviceWork:
+    """Work and steps of one sample on the device, and the split tiles whose parts are to be merged."""
+
+    def __init__(self, work: np.ndarray, steps: np.ndarray, slots: int, device: torch.device):
+        q_start, q_length, head, first, count, part, parts, slot = work.T
+        whole = np.concatenate([[0], np.cumsum(steps[:, 1] == KEYS)])
+        full = whole[first + count] - whole[first]
+        zero = np.zeros_like(slot)
+        rows = [q_start, q_length, head, first, full, count - full, np.where(parts > 1, slot + part, -1), zero]
+        split = (parts > 1) & (part == 0)
+        merges = np.stack([q_start, q_length, head, slot, parts], axis=1)[split]
+        steps = np.concatenate([steps, np.zeros((1, 2), dtype=np.int32)])  # kernels read one ahead
+        lists = (np.stack(rows, axis=1), steps, merges)
+        self.work, self.steps, self.merges = (
+            torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)).to(device) for x in lists
+        )
+        self.slots = slots
+
+
+@lru_cache(maxsize=1024)
+def _device_work(
+    ranges: tuple[bytes, bytes, bytes], heads: int, group: int, head_bytes: int, device: torch.device
+) -> DeviceWork:
+    q_ranges, kv_indptr, kv_ranges = (np.frombuffer(x, dtype=np.int32) for x in ranges)
+    tiles = plan(q_ranges.reshape(-1, 2), kv_indptr, kv_ranges.reshape(-1, 2), ROWS, KEYS)
+    made = forward_work(tiles, KEYS, heads, group, head_bytes, multiprocessors(device))
+    return DeviceWork(made.work, made.steps, made.slots, device)
+
+
+def forward(q, k, v, out, lse, spans, scale: float) -> None:
+    """Fill ``out [B, Lq, H, D]`` and ``lse [B, H, Lq]`` (both contiguous) for every query of the spans."""
+    from raven.kernels import chunk_attention as portable
+    from raven.kernels import chunk_attention_hopper as hopper
+
+    B, _, H, D = q.shape
+    ranges = tuple(x.numpy().tobytes() for x in spans)
+    head_bytes = 2 * k.shape[1] * D * k.element_size()
+    device_work = held_by_graphs(_device_work(ranges, H, H // k.shape[2], head_bytes, q.device))
+    if not (len(device_work.work) and B):
+        return
+    q, k, v = (copyable(x) for x in (q, k, v))
+    parts = torch.empty((B, device_work.slots, ROWS, D), dtype=torch.float32, device=q.device)
+    parts_lse = torch.empty((B, device_work.slots, ROWS), dtype=torch.float32, device=q.device)
+    hopper.forward(q, k, v, out, lse, parts, parts_lse, device_work.work, device_work.steps, scale)
+    portable.merge(parts, parts_lse, out, lse, device_work.merges)
