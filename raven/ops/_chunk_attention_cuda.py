@@ -14,8 +14,8 @@ from raven.worklist import forward_work
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)
-ROWS = 128  # query rows of a tile
-KEYS = 128  # keys of a step
+ROWS = 128  # query rows of a tile, as in the kernel
+KEYS = 128  # keys of a step, as in the kernel
 
 
 def reason(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
@@ -44,11 +44,11 @@ class DeviceWork:
 
 @lru_cache(maxsize=1024)
 def _forward_work(
-    ranges: tuple[bytes, bytes, bytes], heads: int, group: int, head_bytes: int, keys: int, device: torch.device
+    ranges: tuple[bytes, bytes, bytes], heads: int, group: int, head_bytes: int, device: torch.device
 ) -> DeviceWork:
     q_ranges, kv_indptr, kv_ranges = (np.frombuffer(x, dtype=np.int32) for x in ranges)
-    tiles = plan(q_ranges.reshape(-1, 2), kv_indptr, kv_ranges.reshape(-1, 2), ROWS, keys)
-    made = forward_work(tiles, keys, heads, group, head_bytes, multiprocessors(device))
+    tiles = plan(q_ranges.reshape(-1, 2), kv_indptr, kv_ranges.reshape(-1, 2), ROWS, KEYS)
+    made = forward_work(tiles, KEYS, heads, group, head_bytes, multiprocessors(device))
     return DeviceWork(made.work, made.steps, made.slots, device)
 
 
@@ -58,13 +58,13 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def forward(q, k, v, out, lse, spans, scale: float, keys: int = KEYS) -> None:
+def forward(q, k, v, out, lse, spans, scale: float) -> None:
     """Fill ``out [B, Lq, H, D]`` and ``lse [B, H, Lq]`` (both contiguous) for every query of the spans."""
     B, _, H, D = q.shape
     group = H // k.shape[2] if k.shape[2] else 1
     head_bytes = 2 * k.shape[1] * D * q.element_size()
     ranges = tuple(x.numpy().tobytes() for x in spans)
-    device_work = held_by_graphs(_forward_work(ranges, H, group, head_bytes, keys, q.device))
+    device_work = held_by_graphs(_forward_work(ranges, H, group, head_bytes, q.device))
     if not (len(device_work.work) and B):
         return
     q, k, v = (copyable(x) for x in (q, k, v))
@@ -72,6 +72,6 @@ def forward(q, k, v, out, lse, spans, scale: float, keys: int = KEYS) -> None:
     counters = torch.zeros(1 + 2 * slots * B, dtype=torch.int32, device=q.device)
     workspace = torch.empty(B * slots * 2 * (D // 2 + 4) * 128, dtype=torch.float32, device=q.device)
     torch.ops.raven_cuda.chunk_attention_forward(
-        q, k, v, out, lse, device_work.work, device_work.steps, slots, counters, workspace, scale, keys,
+        q, k, v, out, lse, device_work.work, device_work.steps, slots, counters, workspace, scale,
         multiprocessors(q.device),
     )  # fmt: skip
