@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ Chunks = tuple[int, ...] | None
 
 # The CUDA kernels' step of a block, 256 threads of 4 elements, and the most elements of a piece.
 STEP = 1024
-PIECE = 8192
+PIECE = 10240
 
 
 def direct(*tensors: torch.Tensor) -> bool:
@@ -163,6 +163,12 @@ def borders(chunks: Chunks, device: torch.device) -> torch.Tensor | None:
     return torch.tensor([sum(chunks[:n]) for n in range(len(chunks) + 1)], dtype=torch.int32, device=device)
 
 
+@cache
+def processors(index: int) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 _workspaces: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
 
@@ -215,6 +221,7 @@ def scale_gradient(
         return out
     with on_device(gradient):
         torch.ops.raven_cuda.gaussian_step_scale_gradient.default(
-            grad, gradient, borders(chunks, gradient.device), *plan(gradient.shape, chunks).sizes, out
-        )
+            grad, gradient, borders(chunks, gradient.device), *plan(gradient.shape, chunks).sizes,
+            processors(gradient.device.index), out,
+        )  # fmt: skip
     return out

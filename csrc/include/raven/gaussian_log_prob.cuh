@@ -4,6 +4,8 @@
 // and its gradients in v, x_t, x_s are -t (1 - s) e / s^2, (1 - s) e / s^2, -e / s^2.
 #pragma once
 
+#include <algorithm>
+
 #include "row_sums.cuh"
 
 namespace raven {
@@ -83,24 +85,28 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 }
 
 // What was written for a gradient of 1, times the gradient of its row. Where that is 1 and nothing moves, it costs
-// no memory traffic.
+// no memory traffic, and few blocks: each takes several pieces.
 template <typename In, typename Out>
-__global__ void __launch_bounds__(kThreads) scale_rows(In in, Out out, Geometry g, Level grad) {
-    const Piece p = locate_from_the_end(g);
-    const float factor = grad.at(p.sample, p.chunk);
-    if (factor == 1.0f && in.data == out.data) return;
+__global__ void __launch_bounds__(kThreads, kScaleBlocks) scale_rows(In in, Out out, Geometry g, Level grad) {
     constexpr int kUnroll = In::kUnroll * 2;
-    for (int base = p.begin + threadIdx.x * kVector; base < p.end; base += kUnroll * kStep) {
-        float4 x[kUnroll];
+    const unsigned pieces = g.blocks();
+    for (unsigned piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
+        // From the end, which the forward left in the L2 cache.
+        const Piece p = locate(g, pieces - 1 - piece);
+        const float factor = grad.at(p.sample, p.chunk);
+        if (factor == 1.0f && in.data == out.data) continue;
+        for (int base = p.begin + threadIdx.x * kVector; base < p.end; base += kUnroll * kStep) {
+            float4 x[kUnroll];
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const int i = base + u * kStep;
-            if (i < p.end) x[u] = in.load(p.start + i, min(kVector, p.end - i));
-        }
+            for (int u = 0; u < kUnroll; ++u) {
+                const int i = base + u * kStep;
+                if (i < p.end) x[u] = in.load(p.start + i, min(kVector, p.end - i));
+            }
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const int i = base + u * kStep;
-            if (i < p.end) out.store(p.start + i, min(kVector, p.end - i), scaled(factor, x[u]));
+            for (int u = 0; u < kUnroll; ++u) {
+                const int i = base + u * kStep;
+                if (i < p.end) out.store(p.start + i, min(kVector, p.end - i), scaled(factor, x[u]));
+            }
         }
     }
 }
@@ -134,13 +140,14 @@ inline cudaError_t gaussian_log_prob_backward(const rows::Inputs& in, const rows
 }
 
 // out = grad [B, chunks] * gradient, of which the first is of any strides and the second as a forward wrote it for v of
-// `type`; out may be the same memory.
+// `type`; out may be the same memory. `processors`: multiprocessors of the device.
 inline cudaError_t scale_gradient(const void* gradient, void* out, rows::Type type, const rows::Geometry& g,
-                                  const rows::Level& grad, cudaStream_t stream) {
+                                  const rows::Level& grad, int processors, cudaStream_t stream) {
     void* in = const_cast<void*>(gradient);
     const rows::Type in_type = rows::gradient_type(type);
     const auto launch = [&](auto from, auto to) {
-        rows::scale_rows<<<g.blocks(), rows::kThreads, 0, stream>>>(from, to, g, grad);
+        const unsigned blocks = std::min(g.blocks(), static_cast<unsigned>(processors * rows::kScaleBlocks));
+        rows::scale_rows<<<blocks, rows::kThreads, 0, stream>>>(from, to, g, grad);
     };
     if (g.plane % rows::kVector == 0 && rows::aligned(in, in_type) && rows::aligned(out, type)) {
         rows::with_reader(out, type, [&](auto to) { launch(to.gradient(in), to); });

@@ -21,6 +21,7 @@ constexpr int kVector = 4;                 // neighbouring elements of a thread
 constexpr int kStep = kThreads * kVector;  // elements that a block takes at once
 constexpr int kUnroll = 2;                 // steps whose loads are on their way together
 constexpr int kMinBlocks = 4;              // resident on a multiprocessor: 64 registers a thread
+constexpr int kScaleBlocks = 5;            // the same for what only scales
 
 // The shape of the tensors and of the work, the same for every block.
 struct Geometry {
@@ -32,7 +33,7 @@ struct Geometry {
 
     __host__ __device__ int rows() const { return samples * chunks; }
     __host__ __device__ int cells() const { return channels * splits; }  // of one row
-    unsigned blocks() const { return static_cast<unsigned>(rows()) * cells(); }
+    __host__ __device__ unsigned blocks() const { return static_cast<unsigned>(rows()) * cells(); }
 };
 
 // A level per row: a number, or a table [B, chunks] of any strides.
