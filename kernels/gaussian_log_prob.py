@@ -339,5 +339,5 @@ def aot_cases() -> Iterator[tuple[object, dict[str, str], dict[str, object], dic
             signature = {"grad_ptr": "*fp32", **inputs, **outputs, **frames, **ints, **level_strides, **grad_strides}
             yield _gradients, signature, {**loop, **kinds, **needs}, options
             waiting = "*fp32" if dtype == "*fp16" else dtype
-            signature = {"grad_ptr": "*fp32", "gradient_ptr": waiting, "out_ptr": dtype, **frames, **ints, **grad_strides}
-            yield _scale, {**signature, "pieces": "i32"}, {**loop, "IN_PLACE": waiting == dtype}, options
+            pointers = {"grad_ptr": "*fp32", "gradient_ptr": waiting, "out_ptr": dtype, **frames}
+            yield _scale, {**pointers, **ints, **grad_strides, "pieces": "i32"}, {**loop, "IN_PLACE": waiting == dtype}, options
