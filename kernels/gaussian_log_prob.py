@@ -340,4 +340,5 @@ def aot_cases() -> Iterator[tuple[object, dict[str, str], dict[str, object], dic
             yield _gradients, signature, {**loop, **kinds, **needs}, options
             waiting = "*fp32" if dtype == "*fp16" else dtype
             pointers = {"grad_ptr": "*fp32", "gradient_ptr": waiting, "out_ptr": dtype, **frames}
-            yield _scale, {**pointers, **ints, **grad_strides, "pieces": "i32"}, {**loop, "IN_PLACE": waiting == dtype}, options
+            signature = {**pointers, **ints, **grad_strides, "pieces": "i32"}
+            yield _scale, signature, {**loop, "IN_PLACE": waiting == dtype}, options
