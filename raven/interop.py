@@ -12,8 +12,8 @@ memory, and results become arrays of the library that the first array is from (t
 per-thread default stream); other libraries are made to wait, or to be waited for, as DLPack prescribes. Arrays have no
 gradient: `as_tensor` leads to autograd.
 
-DLPack has bfloat16, and so has CuPy from version 14 on; NumPy and older versions do not. With ``bfloat16_bits=True`` arrays of uint16 are taken
-as the bits of bfloat16 numbers, and bfloat16 results come back in the same way.
+DLPack has bfloat16, and so has CuPy from version 14 on; NumPy and older versions of CuPy do not. With
+``bfloat16_bits=True`` arrays of uint16 are taken as the bits of bfloat16 numbers, and bfloat16 results come back so.
 """
 
 from __future__ import annotations
