@@ -263,6 +263,9 @@ __device__ __forceinline__ void consume_forward(typename ForwardTile<D>::Shared&
         __syncwarp();
         if (lane == 0) barrier_arrive(barrier);
     };
+    // Read by the thread that then releases the stage: no other may still read when the producer writes the next
+    // number.
+    const auto keys_of_step = [&] { return __shfl_sync(0xFFFFFFFF, lane == 0 ? shared.keys[k_stage.index] : 0, 0); };
     const auto issue_scores = [&] {
         const uint64_t k_rows = descriptor_k_major(shared_address(shared.k[k_stage.index]));
         wgmma_fence();
@@ -317,7 +320,7 @@ __device__ __forceinline__ void consume_forward(typename ForwardTile<D>::Shared&
             barrier_wait(shared.q_full, q_parity);
             q_parity ^= 1;
             barrier_wait(shared.k_full[k_stage.index], k_stage.parity);
-            int keys = shared.keys[k_stage.index];
+            int keys = keys_of_step();
             named_sync(1 + group, 256);
             issue_scores();
             named_arrive(2 - group, 256);
@@ -330,7 +333,7 @@ __device__ __forceinline__ void consume_forward(typename ForwardTile<D>::Shared&
             for (int i = 1; i < work.steps; ++i) {
                 clear_values_behind(keys);
                 barrier_wait(shared.k_full[k_stage.index], k_stage.parity);
-                keys = shared.keys[k_stage.index];
+                keys = keys_of_step();
                 named_sync(1 + group, 256);
                 issue_scores();
                 barrier_wait(shared.v_full[v_stage.index], v_stage.parity);
