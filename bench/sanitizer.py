@@ -20,7 +20,7 @@ from pathlib import Path
 
 TOOLS = {
     "memcheck": [],
-    "racecheck": ["--racecheck-report", "all"],
+    "racecheck": ["--racecheck-report", "analysis"],
     "synccheck": [],
     "initcheck": [],
 }
@@ -37,6 +37,14 @@ def command(sanitizer: str, tool: str, help_text: str) -> list[str]:
     return [*arguments, sys.executable, str(CASES)]
 
 
+def plain(line: str) -> str:
+    """Without addresses, coordinates, arguments and folders."""
+    line = re.sub(r"0x[0-9a-f]+", "0x..", line)
+    line = re.sub(r"\(\d+,\d+,\d+\)", "(..)", line)
+    line = re.sub(r"<[^ ].*>\(.*\)(?=\+)", "", line)
+    return re.sub(r"(?:/[\w.+-]+)+/", "", line)
+
+
 def summarise(tool: str, code: int, output: str, seconds: float) -> tuple[bool, list[str]]:
     """Whether the run was clean, and its lines of the log: no process numbers, no addresses, no paths."""
     cases = re.findall(r"^case: (.*)$", output, re.MULTILINE)
@@ -47,10 +55,11 @@ def summarise(tool: str, code: int, output: str, seconds: float) -> tuple[bool, 
         *(f"  {v}" for v in verdicts),
     ]
     if not clean:
-        found = [re.sub(r"0x[0-9a-f]+", "0x..", line) for line in re.findall(r"^=+ (\S.*)$", output, re.MULTILINE)]
-        found = [line for line in dict.fromkeys(found) if "/" not in line and "SUMMARY" not in line]
+        found = [plain(line) for line in re.findall(r"^=+ +(\S.*)$", output, re.MULTILINE)]
+        unwanted = ("SUMMARY", "COMPUTE-SANITIZER", "Host Frame", "Saved host backtrace", "Address ", "Current Value")
+        found = [line for line in dict.fromkeys(found) if not any(word in line for word in unwanted)]
         errors = [line.strip() for line in output.splitlines() if re.match(r"\w*(Error|Exception)\b", line)]
-        lines += [f"  {line[:180]}" for line in (*found[:12], *errors[:3])] + [f"  exit code {code}"]
+        lines += [f"  {line[:180]}" for line in (*found[:20], *errors[:3])] + [f"  exit code {code}"]
     return clean, lines
 
 

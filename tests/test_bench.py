@@ -297,7 +297,7 @@ case: decode
 DIRTY = """========= COMPUTE-SANITIZER
 case: attention
 ========= Invalid __global__ write of size 4 bytes
-=========     at raven::append(float *)+0x1b0
+=========     at raven::append<float, (int)3>(float *, raven::Rows<T1> &)+0x1b0 in /home/someone/csrc/rows.cuh:7
 =========     Address 0x7f0000000400 is out of bounds
 =========     Host Frame: main in /home/someone/run.py:3
 ========= Invalid __global__ write of size 4 bytes
@@ -316,6 +316,7 @@ def test_sanitizer_summaries():
     text = "\n".join(lines)
     assert not clean and "NOT CLEAN, 1 cases" in lines[0] and "RuntimeError: CUDA error" in text
     assert text.count("Invalid __global__ write") == 1 and "someone" not in text and "7f0000000400" not in text
+    assert "write of size 4 bytes\n  at raven::append+0x.. in rows.cuh:7\n" in text
     hazards = CLEAN.replace("ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)")
     assert sanitizer.summarise("racecheck", 0, hazards, 1.0)[0]
     for output, code in ((CLEAN, 1), ("case: attention\n", 0), (hazards.replace("0 hazards", "3 hazards"), 0)):
