@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from raven.ops.gaussian_step import Chunks, borders, on_device, processors, workspace
+from raven.ops.gaussian_step import Chunks, borders, on_device, workspace
 
 HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
 ROW_BLOCK = tl.constexpr(1024)
@@ -90,7 +90,7 @@ def row_density(cells_ptr, cells, size, t, s):
     for i in range(0, cells, ROW_BLOCK):
         offsets = i + tl.arange(0, ROW_BLOCK)
         acc += tl.load(cells_ptr + offsets, mask=offsets < cells, other=0.0, cache_modifier=".cg")
-    log_prob = -tl.sum(acc) / (2.0 * s * s) - size.to(tl.float32) * (tl.log(s) + HALF_LOG_2PI)
+    log_prob = tl.fma(-size.to(tl.float32), tl.log(s) + HALF_LOG_2PI, -tl.sum(acc) / (2.0 * s * s))
     # Levels on the device cannot be refused without a synchronisation: a bad one gives NaN, never a plausible number.
     return tl.where(valid(t, s), log_prob, float("nan"))
 
@@ -157,26 +157,24 @@ def _gradients(
             tl.store(d_x_s_ptr + start + offsets, -scale * e, mask=mask)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "stride_gb", "stride_gn", "pieces"])
+@triton.jit(do_not_specialize=[*SIZES, "stride_gb", "stride_gn"])
 def _scale(
     grad_ptr, gradient_ptr, out_ptr, frames_ptr,
-    C, F, P, N, splits, chunk_frames, stride_gb, stride_gn, pieces,
+    C, F, P, N, splits, chunk_frames, stride_gb, stride_gn,
     BLOCK: tl.constexpr, STEPS: tl.constexpr, RAGGED: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    # A program takes several pieces, from the end: the forward left that in the L2 cache.
-    for piece in range(tl.program_id(0), pieces, tl.num_programs(0)):
-        b, n, _, start, begin, _, length = run_of(
-            pieces - 1 - piece, frames_ptr, C, F, P, N, splits, chunk_frames, BLOCK * STEPS, RAGGED
-        )
-        grad = tl.load(grad_ptr + b * stride_gb + n * stride_gn)
-        if IN_PLACE:
-            # A gradient of 1, what a loss that is differentiated itself gets, costs no memory traffic.
-            length = tl.where(grad == 1.0, 0, length)
-        for i in tl.static_range(STEPS):
-            offsets = begin + i * BLOCK + tl.arange(0, BLOCK)
-            mask = offsets < length
-            gradient = tl.load(gradient_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-            tl.store(out_ptr + start + offsets, grad * gradient, mask=mask)
+    b, n, _, start, begin, _, length = run_of(
+        tl.num_programs(0) - 1 - tl.program_id(0), frames_ptr, C, F, P, N, splits, chunk_frames, BLOCK * STEPS, RAGGED
+    )
+    grad = tl.load(grad_ptr + b * stride_gb + n * stride_gn)
+    if IN_PLACE:
+        # A gradient of 1, what a loss that is differentiated itself gets, costs no memory traffic.
+        length = tl.where(grad == 1.0, 0, length)
+    for i in tl.static_range(STEPS):
+        offsets = begin + i * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < length
+        gradient = tl.load(gradient_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + start + offsets, grad * gradient, mask=mask)
 
 
 @dataclass(frozen=True)
@@ -303,9 +301,8 @@ def scale(grad: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor, chunks:
     cut = pieces(out.shape, chunks)
     pointers = (grad, gradient, out, _borders(cut, chunks, out.device))
     constants = (*cut.constants, gradient is out)
-    programs = min(cut.cells, 8 * processors(out.device.index)) if out.is_cuda else cut.cells
     with on_device(out):
-        launch(_scale, programs, pointers, (*cut.sizes, *strides(grad), cut.cells), constants, cut.num_warps)
+        launch(_scale, cut.cells, pointers, (*cut.sizes, *strides(grad)), constants, cut.num_warps)
 
 
 def _borders(cut: Pieces, chunks: Chunks, device: torch.device) -> torch.Tensor | None:
@@ -340,5 +337,5 @@ def aot_cases() -> Iterator[tuple[object, dict[str, str], dict[str, object], dic
             yield _gradients, signature, {**loop, **kinds, **needs}, options
             waiting = "*fp32" if dtype == "*fp16" else dtype
             pointers = {"grad_ptr": "*fp32", "gradient_ptr": waiting, "out_ptr": dtype, **frames}
-            signature = {**pointers, **ints, **grad_strides, "pieces": "i32"}
+            signature = {**pointers, **ints, **grad_strides}
             yield _scale, signature, {**loop, "IN_PLACE": waiting == dtype}, options

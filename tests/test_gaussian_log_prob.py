@@ -160,6 +160,18 @@ def test_gpu_streams_and_graphs():
 
 
 @pytest.mark.gpu
+def test_gpu_after_inference_mode():
+    """What a first call leaves behind serves training too."""
+    v, x_t, x_s, t, s = (x.detach() for x in draw((2, 3, 7, 11, 5), (2, 5), device="cuda"))
+    with torch.inference_mode():
+        want = gaussian_log_prob(v, x_t, x_s, t, s, (2, 5))
+    got = gaussian_log_prob(v.requires_grad_(), x_t, x_s, t, s, (2, 5))
+    got.sum().backward()
+    assert_bitwise(got, want)
+    assert v.grad.isfinite().all()
+
+
+@pytest.mark.gpu
 def test_gpu_graph_of_forward_and_backward():
     v, x_t, x_s, t, s = (x.detach() for x in draw((2, 4, 6, 40, 20), (2, 4), device="cuda"))
     v.requires_grad_()

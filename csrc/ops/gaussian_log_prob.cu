@@ -27,10 +27,10 @@ void log_prob_backward_op(Tensor grad, Tensor v, Tensor x_t, Tensor x_s, std::op
 }
 
 void scale_gradient_op(Tensor grad, Tensor gradient, std::optional<Tensor> borders, int64_t channels, int64_t frames,
-                       int64_t chunks, int64_t piece, int64_t splits, int64_t processors, Tensor out) {
+                       int64_t chunks, int64_t piece, int64_t splits, Tensor out) {
     const cudaError_t status = scale_gradient(gradient.data_ptr(), out.data_ptr(), row_type(out),
                                               row_geometry(out, channels, frames, chunks, borders, piece, splits),
-                                              row_level(grad, 0.0), static_cast<int>(processors), current_stream(out));
+                                              row_level(grad, 0.0), current_stream(out));
     check_cuda(status, "gaussian_step_scale_gradient");
 }
 
@@ -49,7 +49,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(raven_cuda, m) {
         "Tensor(b!)? d_x_t, Tensor(c!)? d_x_s) -> ()");
     m.def(
         "gaussian_step_scale_gradient(Tensor grad, Tensor gradient, Tensor? borders, int channels, int frames, "
-        "int chunks, int piece, int splits, int processors, Tensor(a!) out) -> ()");
+        "int chunks, int piece, int splits, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(raven_cuda, CUDA, m) {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -157,16 +157,14 @@ def plan(shape: torch.Size, chunks: Chunks) -> Plan:
 
 @lru_cache(maxsize=256)
 def borders(chunks: Chunks, device: torch.device) -> torch.Tensor | None:
-    """First frame of every chunk and the end, int32 on the device; equal chunks need none."""
+    """First frame of every chunk and the end, int32 on the device; equal chunks need none.
+
+    Built on first use, so a CUDA graph is captured after one call outside of it.
+    """
     if chunks is None or min(chunks) == max(chunks):
         return None
-    return torch.tensor([sum(chunks[:n]) for n in range(len(chunks) + 1)], dtype=torch.int32, device=device)
-
-
-@cache
-def processors(index: int) -> int:
-    """Multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(index).multi_processor_count
+    with torch.inference_mode(False):
+        return torch.tensor([sum(chunks[:n]) for n in range(len(chunks) + 1)], dtype=torch.int32, device=device)
 
 
 _workspaces: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -188,8 +186,9 @@ def workspace(device: torch.device, cells: int, counters: int, keep: bool) -> tu
 
 
 def _new_workspace(device: torch.device, cells: int, counters: int) -> tuple[torch.Tensor, torch.Tensor]:
-    sums = torch.empty(cells, dtype=torch.float32, device=device)
-    return sums, torch.zeros(counters, dtype=torch.int32, device=device)
+    with torch.inference_mode(False):
+        sums = torch.empty(cells, dtype=torch.float32, device=device)
+        return sums, torch.zeros(counters, dtype=torch.int32, device=device)
 
 
 _nothing = nullcontext()
@@ -221,7 +220,6 @@ def scale_gradient(
         return out
     with on_device(gradient):
         torch.ops.raven_cuda.gaussian_step_scale_gradient.default(
-            grad, gradient, borders(chunks, gradient.device), *plan(gradient.shape, chunks).sizes,
-            processors(gradient.device.index), out,
-        )  # fmt: skip
+            grad, gradient, borders(chunks, gradient.device), *plan(gradient.shape, chunks).sizes, out
+        )
     return out

@@ -97,7 +97,9 @@ def _check_weights(chunk_weights: Sequence[float] | None, columns: int) -> tuple
 
 @lru_cache(maxsize=256)
 def _per_element(weights: tuple[float, ...], elements: int, device: torch.device) -> torch.Tensor:
-    return torch.tensor([w / elements for w in weights], dtype=torch.float32, device=device)
+    """``w_n / elements``; built on first use, so a CUDA graph is captured after one call outside of it."""
+    with torch.inference_mode(False):
+        return torch.tensor([w / elements for w in weights], dtype=torch.float32, device=device)
 
 
 def _run(backend, v, x_t, x_s, t, s, advantages, weights, scale, chunks, need, keep):

@@ -4,8 +4,6 @@
 // and its gradients in v, x_t, x_s are -t (1 - s) e / s^2, (1 - s) e / s^2, -e / s^2.
 #pragma once
 
-#include <algorithm>
-
 #include "row_sums.cuh"
 
 namespace raven {
@@ -45,7 +43,7 @@ __device__ inline float total(float4 x) { return (x.x + x.y) + (x.z + x.w); }
 // Log-density of a row from its sum of squares.
 __device__ inline float log_density(const Geometry& g, const Piece& p, float squares, float t, float s) {
     const float size = static_cast<float>(p.frames * g.plane * g.channels);
-    return valid(t, s) ? -squares / (2.0f * s * s) - size * (logf(s) + kHalfLog2Pi) : nan();
+    return valid(t, s) ? __fmaf_rn(-size, logf(s) + kHalfLog2Pi, -squares / (2.0f * s * s)) : nan();
 }
 
 template <typename V, typename X, typename G>
@@ -85,29 +83,22 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 }
 
 // What was written for a gradient of 1, times the gradient of its row. Where that is 1 and nothing moves, it costs
-// no memory traffic, and few blocks: each takes several pieces.
+// no memory traffic.
 template <typename In, typename Out>
-__global__ void __launch_bounds__(kThreads, kScaleBlocks) scale_rows(In in, Out out, Geometry g, Level grad) {
-    constexpr int kUnroll = In::kUnroll * 2;
-    const unsigned pieces = g.blocks();
-    for (unsigned piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
-        // From the end, which the forward left in the L2 cache.
-        const Piece p = locate(g, pieces - 1 - piece);
-        const float factor = grad.at(p.sample, p.chunk);
-        if (factor == 1.0f && in.data == out.data) continue;
-        for (int base = p.begin + threadIdx.x * kVector; base < p.end; base += kUnroll * kStep) {
-            float4 x[kUnroll];
+__global__ void __launch_bounds__(kThreads) scale_rows(In in, Out out, Geometry g, Level grad) {
+    const Piece p = locate_from_the_end(g);
+    const float factor = grad.at(p.sample, p.chunk);
+    if (factor == 1.0f && in.data == out.data) return;
+    float4 x[kScaleSteps];
 #pragma unroll
-            for (int u = 0; u < kUnroll; ++u) {
-                const int i = base + u * kStep;
-                if (i < p.end) x[u] = in.load(p.start + i, min(kVector, p.end - i));
-            }
+    for (int u = 0; u < kScaleSteps; ++u) {
+        const int i = p.begin + u * kStep + threadIdx.x * kVector;
+        if (i < p.end) x[u] = in.load(p.start + i, min(kVector, p.end - i));
+    }
 #pragma unroll
-            for (int u = 0; u < kUnroll; ++u) {
-                const int i = base + u * kStep;
-                if (i < p.end) out.store(p.start + i, min(kVector, p.end - i), scaled(factor, x[u]));
-            }
-        }
+    for (int u = 0; u < kScaleSteps; ++u) {
+        const int i = p.begin + u * kStep + threadIdx.x * kVector;
+        if (i < p.end) out.store(p.start + i, min(kVector, p.end - i), scaled(factor, x[u]));
     }
 }
 
@@ -140,14 +131,16 @@ inline cudaError_t gaussian_log_prob_backward(const rows::Inputs& in, const rows
 }
 
 // out = grad [B, chunks] * gradient, of which the first is of any strides and the second as a forward wrote it for v of
-// `type`; out may be the same memory. `processors`: multiprocessors of the device.
-inline cudaError_t scale_gradient(const void* gradient, void* out, rows::Type type, const rows::Geometry& g,
-                                  const rows::Level& grad, int processors, cudaStream_t stream) {
+// `type`; out may be the same memory.
+inline cudaError_t scale_gradient(const void* gradient, void* out, rows::Type type, rows::Geometry g,
+                                  const rows::Level& grad, cudaStream_t stream) {
     void* in = const_cast<void*>(gradient);
     const rows::Type in_type = rows::gradient_type(type);
+    // Nothing is summed here, so pieces need not be those of the forward: each is what a block loads at once.
+    g.splits = (g.splits * (g.piece / rows::kStep) + rows::kScaleSteps - 1) / rows::kScaleSteps;
+    g.piece = rows::kScaleSteps * rows::kStep;
     const auto launch = [&](auto from, auto to) {
-        const unsigned blocks = std::min(g.blocks(), static_cast<unsigned>(processors * rows::kScaleBlocks));
-        rows::scale_rows<<<blocks, rows::kThreads, 0, stream>>>(from, to, g, grad);
+        rows::scale_rows<<<g.blocks(), rows::kThreads, 0, stream>>>(from, to, g, grad);
     };
     if (g.plane % rows::kVector == 0 && rows::aligned(in, in_type) && rows::aligned(out, type)) {
         rows::with_reader(out, type, [&](auto to) { launch(to.gradient(in), to); });

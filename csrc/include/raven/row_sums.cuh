@@ -21,7 +21,7 @@ constexpr int kVector = 4;                 // neighbouring elements of a thread
 constexpr int kStep = kThreads * kVector;  // elements that a block takes at once
 constexpr int kUnroll = 2;                 // steps whose loads are on their way together
 constexpr int kMinBlocks = 4;              // resident on a multiprocessor: 64 registers a thread
-constexpr int kScaleBlocks = 5;            // the same for what only scales
+constexpr int kScaleSteps = 4;             // all that a block takes where nothing is summed
 
 // The shape of the tensors and of the work, the same for every block.
 struct Geometry {
@@ -29,11 +29,11 @@ struct Geometry {
     int chunk_frames;    // frames of every chunk, where no borders are given
     int64_t plane;       // elements of one frame of one channel
     const int* borders;  // [chunks + 1]: first frame of each chunk, then the end; null for equal chunks
-    int piece, splits;   // elements of a piece, a multiple of kVector; pieces of the longest run
+    int piece, splits;   // elements of a piece, a multiple of kStep; pieces of the longest run
 
     __host__ __device__ int rows() const { return samples * chunks; }
     __host__ __device__ int cells() const { return channels * splits; }  // of one row
-    __host__ __device__ unsigned blocks() const { return static_cast<unsigned>(rows()) * cells(); }
+    unsigned blocks() const { return static_cast<unsigned>(rows()) * cells(); }
 };
 
 // A level per row: a number, or a table [B, chunks] of any strides.
