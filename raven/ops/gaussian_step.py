@@ -75,12 +75,11 @@ def direct_level(name: str, level: Level, like: torch.Tensor, columns: int, dtyp
     check_step_level(name, level)
     if not isinstance(level, torch.Tensor):
         return float(level)
-    dims, rows = level.dim(), like.shape[0]
-    if dims == 0 and level.device.type == "cpu" and level.is_floating_point():
-        return float(level)
-    if dims == 1 and level.shape[0] == rows and level.dtype == dtype and level.device == like.device:
+    if level.dtype == dtype and level.device == like.device and level.shape == like.shape[:1]:
         return level
-    return level_table(name, level, rows, columns, like.device, dtype)
+    if level.dim() == 0 and level.device.type == "cpu" and level.is_floating_point():
+        return float(level)
+    return level_table(name, level, like.shape[0], columns, like.device, dtype)
 
 
 def table_levels(t: Level, s: Level, like: torch.Tensor, columns: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -101,10 +100,12 @@ def kernel_level(level: Level) -> tuple[torch.Tensor | None, float]:
     return (level, 0.0) if isinstance(level, torch.Tensor) else (None, level)
 
 
+LARGEST = 2**31 - 2**16
+
+
 def huge(x: torch.Tensor) -> str | None:
     """The kernels count the elements of a sample, and those of the step behind its end, in 32 bits."""
-    largest = 2**31 - 2**16
-    return f"a sample has more than {largest} elements" if x.numel() > largest * max(1, x.shape[0]) else None
+    return f"a sample has more than {LARGEST} elements" if x.numel() > LARGEST * max(1, x.shape[0]) else None
 
 
 def cuda_reason(*tensors: torch.Tensor) -> str | None:
@@ -120,7 +121,7 @@ _chosen: dict[tuple, str] = {}
 
 def choose(op: str, v: torch.Tensor, x_t: torch.Tensor, x_s: torch.Tensor) -> str:
     """``backends.select``, remembered for GPU tensors: nothing else that it looks at changes within a process."""
-    if not v.is_cuda or huge(v):
+    if not v.is_cuda or v.numel() > LARGEST:
         return backends.select(op, v, x_t, x_s)
     key = (op, backends.get_backend(), v.device, v.dtype, x_t.dtype, x_s.dtype)
     chosen = _chosen.get(key)
