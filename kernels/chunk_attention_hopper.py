@@ -25,7 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 BLOCK_Q = 128
 BLOCK_K = 128
-FIELDS = gl.constexpr(8)  # of a row of work: q_start, q_length, head, first step, full tiles, tails, slot or -1, unused
+FIELDS = gl.constexpr(8)  # of a row of work: q_start, q_length, head, first step, full tiles, tails, slot or -1, 0
 STAGES = gl.constexpr(2)  # tiles of a ring
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -249,7 +249,7 @@ def forward(q, k, v, out, lse, parts, parts_lse, work, steps, scale: float) -> N
         q, k, v: ``[B, Lq, H, D]`` and ``[B, Lk, Hkv, D]`` as the copy engine can fetch them, bfloat16 or float16.
         out, lse: ``[B, Lq, H, D]`` and ``[B, H, Lq]`` float32, contiguous.
         parts, parts_lse: ``[B, slots, 128, D]`` and ``[B, slots, 128]`` float32, where parts of split tiles go.
-        work: int32 ``[n, FIELDS]``; steps: int32 ``[m + 1, 2]`` of (first key, keys), full tiles before tails.
+        work: int32 ``[n, 8]``, see FIELDS; steps: int32 ``[m + 1, 2]`` of (first key, keys), full tiles before tails.
     """
     B, L, H, D = q.shape
     _forward[len(work), B](

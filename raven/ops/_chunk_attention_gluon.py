@@ -31,6 +31,8 @@ def reason(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
         return "there are no keys"
     if not q.is_cuda:
         return f"the tensors are on {q.device.type}"
+    if backends.interpreting():
+        return "Triton's interpreter does not run Gluon"
     capability = torch.cuda.get_device_capability(q.device)
     if capability != (9, 0):
         return f"compute capability {capability} is not (9, 0)"
