@@ -2,7 +2,8 @@
 
 A program owns one tile of a query range (or, for the key and value gradients, one tile of a key range) of one head and
 walks the tile list that its range shares: first all full tiles, without any mask, then the few tails, masked. The order
-is the list's, so a result does not depend on what else is in the batch.
+is the list's, so a result does not depend on what else is in the batch. On Hopper the forward pass of half-precision
+inputs is the kernel of `chunk_attention_hopper` where the installed Triton has its language.
 """
 
 from __future__ import annotations

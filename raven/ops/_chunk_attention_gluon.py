@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from importlib import import_module
 
@@ -45,7 +46,8 @@ def compiler_reason() -> str | None:
     version = backends.triton_version()
     if version is None:
         return "triton is not installed"
-    if tuple(int(part) for part in version.split(".")[:2]) not in CHECKED:
+    release = re.match(r"(\d+)\.(\d+)", version)
+    if release is None or tuple(map(int, release.groups())) not in CHECKED:
         names = ", ".join(".".join(map(str, release)) for release in CHECKED)
         return f"Gluon differs between releases of Triton: checked with {names}, got {version}"
     try:
