@@ -30,7 +30,7 @@ def same_where(got, want, keep, dim, name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("first", range(0, 8 * PER_TEST, PER_TEST))
+@pytest.mark.parametrize("first", range(0, 5 * PER_TEST, PER_TEST))
 def test_nan_that_nobody_sees(backend, first):
     """Keys outside all ranges, queries without keys, and the gradients of those."""
     for seed in range(first, first + PER_TEST):
@@ -44,7 +44,7 @@ def test_nan_that_nobody_sees(backend, first):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("first", range(0, 8 * PER_TEST, PER_TEST))
+@pytest.mark.parametrize("first", range(0, 5 * PER_TEST, PER_TEST))
 def test_nan_in_some_keys(backend, first):
     """Queries that do not see them keep their results; so do the gradients of keys that only such queries see."""
     for seed in range(first, first + PER_TEST):
@@ -66,7 +66,7 @@ def test_nan_in_some_keys(backend, first):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("first", range(0, 4 * PER_TEST, PER_TEST))
+@pytest.mark.parametrize("first", range(0, 3 * PER_TEST, PER_TEST))
 def test_nan_in_some_queries(backend, first):
     """Other queries keep their results, and keys that those do not see keep their gradients."""
     for seed in range(first, first + PER_TEST):
