@@ -25,7 +25,8 @@ def gaussian_log_prob(
 
     ``log N(x_s; (1 - s) x_0, s^2 I)`` with ``x_0 = x_t - t v``, over d elements
     ``-|x_s - (1 - s) x_0|^2 / (2 s^2) - d log s - d/2 log 2 pi`` (RAVEN, arXiv 2605.15190). Differentiable in v, x_t
-    and x_s; the gradient of v is ``-t (1 - s)(x_s - (1 - s) x_0) / s^2``.
+    and x_s; the gradient of v is ``-t (1 - s)(x_s - (1 - s) x_0) / s^2``. Call once with the same shapes before
+    capturing a CUDA graph.
 
     Args:
         v, x_t, x_s: velocity, state at t, state at s: one shape ``[B, ...]``, with ``chunk_frames`` ``[B, C, F, ...]``;

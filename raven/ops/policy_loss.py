@@ -35,7 +35,7 @@ def policy_loss(
     Velocity and states are read once, and the gradient of v is written in the same pass, for the backward to multiply
     by the gradient of the loss (in place; nothing moves where that is 1). PPO's clipped ratio has no such form: the
     weight of an element depends on the whole sum, which is known after the pass; use ``gaussian_log_prob`` with
-    ``raven.losses.clipped_ratio_loss`` for it.
+    ``raven.losses.clipped_ratio_loss`` for it. Call once with the same shapes before capturing a CUDA graph.
 
     Args:
         v, x_t, x_s: velocity, state at t, state at s: one shape ``[B, ...]``, with ``chunk_frames`` ``[B, C, F, ...]``;
