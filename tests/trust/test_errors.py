@@ -6,7 +6,7 @@ import torch
 import raven
 from raven.cache import KVCache
 from raven.layout import ChunkLayout
-from raven.ops import chunk_attention, consistency_step, gaussian_log_prob, kv_append, qk_norm_rope
+from raven.ops import chunk_attention, consistency_step, gaussian_log_prob, kv_append, policy_loss, qk_norm_rope
 from raven.spans import Spans
 from raven.testing import assert_bitwise
 
@@ -47,6 +47,7 @@ def test_errors_of_the_other_ops(backend):
     positions = torch.zeros(6, 3, dtype=torch.int32, device="cuda")
     cache = KVCache(1, 1, 2, 64, 6, max_chunks=1, dtype=torch.bfloat16, device="cuda")
     x = torch.randn(2, 3, 4, 5, 6, device="cuda")
+    asking = x.clone().requires_grad_()
     cases = [
         (ValueError, "k: got shape", lambda: qk_norm_rope(q, q[:, :5], weight, weight, positions)),
         (ValueError, "q_weight: got shape", lambda: qk_norm_rope(q, q, weight[:5], weight, positions)),
@@ -60,6 +61,9 @@ def test_errors_of_the_other_ops(backend):
         (TypeError, "v: got dtype int32", lambda: gaussian_log_prob(x.int(), x, x, 0.8, 0.4)),
         (ValueError, "s: got", lambda: gaussian_log_prob(x, x, x, 0.8, 0.0)),
         (ValueError, "x_t: got shape", lambda: consistency_step(x, x[:1], 0.8, 0.4, x)),
+        (ValueError, "advantages: got shape", lambda: policy_loss(x, x, x, 0.8, 0.4, weight[:1])),
+        (ValueError, "x_t: got a tensor that requires", lambda: policy_loss(x, asking, x, 0.8, 0.4, weight[:2])),
+        (ValueError, "scale: got inf", lambda: policy_loss(x, x, x, 0.8, 0.4, weight[:2], scale=float("inf"))),
     ]
     for error, message, call in cases:
         with pytest.raises(error, match=message):
