@@ -11,6 +11,7 @@ import torch
 
 from raven import backends
 from raven.errors import check_dtype, check_no_tangent, check_same_device, check_shape
+from raven.ops import _attention_cuda_backward as cuda_backward
 from raven.ops import _chunk_attention_cuda as cuda
 from raven.ops import _chunk_attention_gluon as gluon
 from raven.ops._device_lists import held_by_graphs
@@ -149,9 +150,13 @@ def _chunk_attention_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     spans = (q_ranges, kv_indptr, kv_ranges)
-    if backends.select("chunk_attention", q, k, v) == "reference":
+    backend = backends.select("chunk_attention", q, k, v)
+    if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):
             return reference.chunk_attention_backward(grad_out, grad_lse, q, k, v, out, lse, *spans, scale)
+    if backend == "cuda":
+        with torch.cuda.device_of(q):
+            return cuda_backward.backward(grad_out, grad_lse, q, k, v, out, lse, spans, scale)
     from raven.kernels import chunk_attention as kernels
 
     dq = (torch.empty if _covered(q_ranges) == q.shape[1] else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
@@ -205,7 +210,8 @@ backends.register("chunk_attention", cuda=cuda.reason, triton=_triton_reason, re
 
 
 def _covered(ranges: torch.Tensor) -> int:
-    return int((ranges[:, 1] - ranges[:, 0]).sum())
+    begins_and_ends = ranges.numpy().sum(axis=0)  # a few times faster than the tensor's own sum
+    return int(begins_and_ends[1] - begins_and_ends[0])
 
 
 @lru_cache(maxsize=1024)
