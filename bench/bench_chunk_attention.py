@@ -46,8 +46,8 @@ def _ragged() -> ChunkLayout:
 
 @dataclass(frozen=True)
 class Job:
-    """A mask; which peers can compute it: flex (any), cuDNN (no mask at all), others; the curve that it is on, and
-    whether it is there for that alone."""
+    """A mask; its peers: flex, cuDNN (where there is no mask at all), others (when asked for; flex is compiled anew for
+    every mask); the curve that it is on, and whether it is there for that alone."""
 
     layout: Callable[[], ChunkLayout | Spans]
     flex: bool = False
@@ -69,17 +69,15 @@ def _dense(frames: int, **options) -> Job:
 TRAINING = {
     "repacked-60840": _repacked(7, flex=True, others=True),
     "repacked-60840-clean-first": Job(partial(ChunkLayout.repacked, SEVEN, FRAME, order="clean_first")),
-    "repacked-60840-sink-1-window-2": Job(
-        partial(ChunkLayout.repacked, SEVEN, FRAME, sink=1, window=2), flex=True, others=True
-    ),
+    "repacked-60840-sink-1-window-2": Job(partial(ChunkLayout.repacked, SEVEN, FRAME, sink=1, window=2), others=True),
     "repacked-60840-batch-2": Job(partial(ChunkLayout.repacked, SEVEN, FRAME), batch=2),
     "repacked-63960-frame-wise": Job(partial(ChunkLayout.repacked, (1,) * 21, FRAME)),
     "teacher-forcing-65520": Job(partial(ChunkLayout.teacher_forcing, SEVEN, FRAME)),
     "ragged-pack-65520": Job(_ragged),
     "dense-32760": _dense(21, others=True),
 }
-LENGTHS = {f"dense-{frames * FRAME}": _dense(frames, curve_only=True) for frames in (3, 6, 12, 39)} | {
-    f"repacked-{(2 * chunks - 1) * CHUNK}": _repacked(chunks, curve_only=True) for chunks in (2, 3, 5, 10)
+LENGTHS = {f"dense-{frames * FRAME}": _dense(frames, curve_only=True) for frames in (3, 12, 39)} | {
+    f"repacked-{(2 * chunks - 1) * CHUNK}": _repacked(chunks, curve_only=True) for chunks in (2, 4, 10)
 }
 DECODE = {
     "decode-4680x4680": Job(partial(Spans.full, CHUNK, CHUNK), cudnn=True, others=True),
@@ -217,7 +215,8 @@ class Case:
         if DEVICE != "cuda" or direction == DETERMINISTIC:
             names = []
         if bench.peers and self.job.others:
-            names += PEERS
+            masked = isinstance(self.layout, ChunkLayout) and not self.job.cudnn and direction != DETERMINISTIC
+            names += [*PEERS, *["flex"] * (masked and not self.job.flex)]
         found = {}
         for name in names:
             try:
