@@ -14,7 +14,7 @@ cudaError_t launch(const BackwardTensors& x, const BackwardArguments& a, const B
                    cudaStream_t stream) {
   cudaError_t status = launch_backward_prepare<T, D, QUERIES>(rows, stream);
   if (status == cudaSuccess && a.item_count > 0) {
-    status = launch_backward<T, BackwardTile<D, QUERIES, 1, false, false>, D>(x, a, stream);
+    status = launch_backward<T, BackwardTile<D, QUERIES>>(x, a, stream);
   }
   if (status == cudaSuccess) status = launch_backward_finish<T, D, QUERIES>(rows, stream);
   return status;
@@ -73,8 +73,7 @@ void chunk_attention_backward(Tensor grad, std::optional<Tensor> grad_lse, Tenso
     status = wide ? launch<__nv_bfloat16, 128, 80>(x, a, r, stream)
                   : launch<__nv_bfloat16, 64, 128>(x, a, r, stream);
   } else {
-    status = wide ? launch<__half, 128, 80>(x, a, r, stream)
-                  : launch<__half, 64, 128>(x, a, r, stream);
+    status = wide ? launch<__half, 128, 80>(x, a, r, stream) : launch<__half, 64, 128>(x, a, r, stream);
   }
   check_cuda(status, "chunk_attention_backward");
 }
