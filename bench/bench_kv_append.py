@@ -1,6 +1,7 @@
 """Norm, rotary and the write into the cache at Wan shapes: 12 heads of 128 (1.3B) and 40 (14B), bfloat16.
 
-Bytes that must move: q, k and v are read, q and the cache rows of k and v are written. A 4,680-token call nearly fits
+Bytes that must move: q, k and v are read, q and the cache rows of k and v are written; in float8 rows one byte an
+element, and four a head for the scale. A 4,680-token call nearly fits
 the L2 cache, so several sets of inputs, outputs and caches take turns.
 """
 
@@ -14,15 +15,15 @@ from harness import DEVICE, rounds_beyond_cache
 from raven import explain
 from raven.cache import KVCache
 from raven.ops import kv_append, qk_norm_rope
-from raven.testing import assert_bitwise
+from raven.testing import assert_bitwise, relative_rms
 
 
 class Append(Case):
     """Inputs as of qk_norm_rope, and a cache of three chunks whose second is in flight."""
 
-    def __init__(self, tokens: int, heads: int, dim: int, dtype: torch.dtype) -> None:
+    def __init__(self, tokens: int, heads: int, dim: int, dtype: torch.dtype, stored: torch.dtype) -> None:
         super().__init__(tokens, heads, dim, dtype)
-        self.cache = KVCache(1, 1, heads, dim, tokens, max_chunks=3, dtype=dtype, device=DEVICE)
+        self.cache = KVCache(1, 1, heads, dim, tokens, max_chunks=3, dtype=stored, device=DEVICE)
         self.cache.begin(tokens, 0, 3)
         self.cache.commit()
         self.cache.begin(tokens, 3, 3)
@@ -39,6 +40,24 @@ class Append(Case):
         self.cache.v[0][:, rows] = self.v
         return q
 
+    @property
+    def bytes_moved(self) -> int:
+        """Of one call."""
+        written = self.cache.nbytes // 3  # one chunk of three
+        return (2 * self.q.numel() + 2 * self.k.numel()) * self.q.element_size() + written
+
+    def check_float8(self) -> float:
+        """Queries bit for bit as qk_norm_rope gives them; what is read back is as near as three bits allow."""
+        q, k = qk_norm_rope(*self.inputs)
+        assert_bitwise(self.append(), q, "q")
+        tokens = self.q.shape[1]
+        errors = [
+            relative_rms(got[:, tokens : 2 * tokens], want)
+            for got, want in zip(self.cache.read(0, torch.float32), (k, self.v), strict=True)
+        ]
+        assert max(errors) <= 3e-2, f"relative RMS errors {errors} of what is read back"
+        return max(errors)
+
     def check_append(self) -> float:
         """Bit for bit what qk_norm_rope gives, in its rows and nowhere else; qk_norm_rope is held against float64."""
         for buffer in (self.cache.k[0], self.cache.v[0]):
@@ -52,16 +71,20 @@ class Append(Case):
         return self.check("forward")
 
 
-def measure(bench, name, tokens, heads, dim=128, dtype=torch.bfloat16, peers=False):
-    first = Append(tokens, heads, dim, dtype)
-    bytes_moved = 6 * first.q.numel() * first.q.element_size()
-    cases = [first] + [Append(tokens, heads, dim, dtype) for _ in range(rounds_beyond_cache(bytes_moved) - 1)]
+def measure(bench, name, tokens, heads, dim=128, dtype=torch.bfloat16, stored=None, peers=False):
+    stored = stored or dtype
+    first = Append(tokens, heads, dim, dtype, stored)
+    bytes_moved = first.bytes_moved
+    cases = [first]
+    cases += [Append(tokens, heads, dim, dtype, stored) for _ in range(rounds_beyond_cache(bytes_moved) - 1)]
     bench.row(
         op="kv_append",
         case=name,
         direction="forward",
-        backend=explain("kv_append", first.q, first.k, first.v).chosen,
-        check=first.check_append,
+        backend=explain(
+            "kv_append", first.q, first.k, first.v, *first.weights, first.cache.k[0], first.cache.v[0]
+        ).chosen,
+        check=first.check_append if stored == dtype else first.check_float8,
         run=[case.keeping(case.append) for case in cases],
         work=bytes_moved,
         unit="TB/s",
@@ -74,6 +97,12 @@ def measure(bench, name, tokens, heads, dim=128, dtype=torch.bfloat16, peers=Fal
 @pytest.mark.parametrize("tokens", [60840, 4680])
 def test_wan_1_3b(bench, tokens):
     measure(bench, f"tokens-{tokens}", tokens, 12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [60840, 4680])
+def test_float8(bench, tokens):
+    measure(bench, f"tokens-{tokens}-float8", tokens, 12, stored=torch.float8_e4m3fn)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,6 @@ point fraction, and an integer product that wraps around is exactly the angle mo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -19,17 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from raven.reference.qk_norm_rope import frequencies
+from raven.rows import frequency_table, multiprocessors, packed, position_rows, token_rows
 
 # How work is cut. A tuning script may change it, and calls ``plan.cache_clear()`` after each change.
 # elements: of a row that one thread holds at most, which sets the number of warps
 # tokens:   that a program takes one after the other (forward)
+#           or at once (backward, where they share the exchange between warps)
 # programs: per multiprocessor and tensor (backward, where a program keeps its share of the weight's gradient)
 # stages:   of copies into shared memory ahead of the computation; 1: straight into registers
 CONFIGS = {
     "forward": {"elements": 48, "tokens": 1, "stages": 1},
     "append": {"elements": 48, "tokens": 1, "stages": 1},
-    "backward": {"elements": 24, "programs": 4, "stages": 2},
+    "backward": {"elements": 24, "programs": 4, "stages": 2, "merge": False, "maxnreg": None},
+    "weight_grad": {"columns": 32, "rows": 64},
 }
 
 
@@ -88,13 +89,14 @@ def load_weight(
 
 @triton.jit
 def cos_sin(position_ptr, frequency, DIM: tl.constexpr):
-    """Cosine and sine [DIM / 2] of a token's angles; frequency is int64, in turns times 2^64."""
+    """Cosine and sine [DIM / 2] of a token's angles; for pointers [T, 1] to positions, [T, DIM / 2]."""
     COLUMN: tl.constexpr = DIM // 2 // 3
     pair = tl.arange(0, DIM // 2)
     frame = tl.load(position_ptr)
     row = tl.load(position_ptr + 1)
     column = tl.load(position_ptr + 2)
     position = tl.where(pair < DIM // 2 - 2 * COLUMN, frame, tl.where(pair < DIM // 2 - COLUMN, row, column))
+    # frequency is int64, in turns times 2^64
     turns = ((position.to(tl.int64) * frequency) >> 32).to(tl.int32)  # in 2^-32 turns, whole turns wrapped away
     quarter = (turns + 536870912) >> 30  # the nearest quarter turn, which may wrap to -2
     angle = (turns - (quarter << 30)).to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32: within pi / 4
@@ -192,11 +194,33 @@ def _forward_kernel(
 
 
 @triton.jit
+def two_means(
+    x, y, xb, yb, HEADS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, DIM: tl.constexpr, PER_HEAD: tl.constexpr
+):
+    """Means of x and of y as ``mean_over_norm``, in one exchange between warps."""
+    if PER_HEAD:
+        mean_x, mean_y = tl.split(tl.sum(tl.join(x, y), axis=1) / DIM)
+        mean_x, mean_y = mean_x[:, None], mean_y[:, None]
+        mean_xb, mean_yb = tl.split(tl.sum(tl.join(xb, yb), axis=1) / DIM)
+        mean_xb, mean_yb = mean_xb[:, None], mean_yb[:, None]
+    else:
+        if B > 0:
+            x = tl.sum(tl.reshape(x, [A // B, B, DIM]), axis=0) + xb
+            y = tl.sum(tl.reshape(y, [A // B, B, DIM]), axis=0) + yb
+            both = tl.sum(tl.sum(tl.join(x, y), axis=1), axis=0)
+        else:
+            both = tl.sum(tl.sum(tl.join(x, y), axis=1), axis=0)
+        mean_x, mean_y = tl.split(both / (HEADS * DIM))
+        mean_xb, mean_yb = mean_x, mean_y
+    return mean_x, mean_y, mean_xb, mean_yb
+
+
+@triton.jit
 def _backward_rows(
     x_ptr, grad_ptr, weight_ptr, grad_x_ptr, partial_ptr, position_ptr, frequency, total, length,
     x_batch, x_token, grad_batch, grad_token, position_batch, eps,
     HEADS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, DIM: tl.constexpr, PER_HEAD: tl.constexpr,
-    WEIGHT_GRAD: tl.constexpr, STAGES: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr, STAGES: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     """Every P-th token of one tensor; the program's share of the weight's gradient is one row of partial [P, H * D]."""
     sum_a = tl.zeros([A, DIM], tl.float32)
@@ -215,17 +239,36 @@ def _backward_rows(
         if weight_ptr is not None:
             xa = xa.to(tl.float32)
             xb = xb.to(tl.float32)
+        if weight_ptr is not None and MERGE:
+            grad_a = rotate(grad_a.to(tl.float32), cos, -sin, A, DIM)
+            grad_b = grad_b.to(tl.float32)
+            if B > 0:
+                grad_b = rotate(grad_b, cos, -sin, B, DIM)
+            square_a, along_a, square_b, along_b = two_means(
+                xa * xa, grad_a * weight_a * xa, xb * xb, grad_b * weight_b * xb, HEADS, A, B, DIM, PER_HEAD
+            )
+            rstd_a = tl.rsqrt(square_a + eps)
+            rstd_b = tl.rsqrt(square_b + eps)
+            grad_a *= rstd_a
+            grad_b *= rstd_b
+            if WEIGHT_GRAD:
+                sum_a += grad_a * xa
+                sum_b += grad_b * xb
+            grad_a = grad_a * weight_a - xa * (along_a * rstd_a * rstd_a * rstd_a)
+            grad_b = grad_b * weight_b - xb * (along_b * rstd_b * rstd_b * rstd_b)
+        if weight_ptr is not None and not MERGE:
             square_a, square_b = mean_over_norm(xa * xa, xb * xb, HEADS, A, B, DIM, PER_HEAD)
             rstd_a = tl.rsqrt(square_a + eps)
             rstd_b = tl.rsqrt(square_b + eps)
             if not PER_HEAD:
                 cos *= rstd_a
                 sin *= rstd_a
-        grad_a = rotate(grad_a.to(tl.float32), cos, -sin, A, DIM)
-        grad_b = grad_b.to(tl.float32)
-        if B > 0:
-            grad_b = rotate(grad_b, cos, -sin, B, DIM)
-        if weight_ptr is not None:
+        if weight_ptr is None or not MERGE:
+            grad_a = rotate(grad_a.to(tl.float32), cos, -sin, A, DIM)
+            grad_b = grad_b.to(tl.float32)
+            if B > 0:
+                grad_b = rotate(grad_b, cos, -sin, B, DIM)
+        if weight_ptr is not None and not MERGE:
             if PER_HEAD:
                 grad_a *= rstd_a
                 grad_b *= rstd_b
@@ -255,7 +298,7 @@ def _backward_kernel(
     position_ptr, frequency_ptr, total, length, q_batch, q_token, k_batch, k_token,
     grad_q_batch, grad_q_token, grad_k_batch, grad_k_token, position_batch, eps,
     QH: tl.constexpr, QA: tl.constexpr, QB: tl.constexpr, KH: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
-    DIM: tl.constexpr, PER_HEAD: tl.constexpr, STAGES: tl.constexpr,
+    DIM: tl.constexpr, PER_HEAD: tl.constexpr, STAGES: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     """Programs (p, 0) take queries, programs (p, 1) keys: one tensor's accumulators are enough for the registers."""
     frequency = tl.load(frequency_ptr + tl.arange(0, DIM // 2))
@@ -263,14 +306,40 @@ def _backward_kernel(
         _backward_rows(
             q_ptr, grad_q_ptr, q_weight_ptr, dq_ptr, q_partial_ptr, position_ptr, frequency, total, length,
             q_batch, q_token, grad_q_batch, grad_q_token, position_batch, eps, QH, QA, QB, DIM, PER_HEAD,
-            q_partial_ptr is not None, STAGES,
+            q_partial_ptr is not None, STAGES, MERGE,
         )  # fmt: skip
     else:
         _backward_rows(
             k_ptr, grad_k_ptr, k_weight_ptr, dk_ptr, k_partial_ptr, position_ptr, frequency, total, length,
             k_batch, k_token, grad_k_batch, grad_k_token, position_batch, eps, KH, KA, KB, DIM, PER_HEAD,
-            k_partial_ptr is not None, STAGES,
+            k_partial_ptr is not None, STAGES, MERGE,
         )  # fmt: skip
+
+
+@triton.jit
+def _column_sums(partial_ptr, out_ptr, rows, width, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """The columns [32] of partial [rows, width] that are this program's, added in a fixed order."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in tl.range(0, rows, ROWS, num_stages=1):
+        row = start + tl.arange(0, ROWS)[:, None]
+        sums += tl.load(partial_ptr + row * width + column, mask=(row < rows) & (column < width), other=0.0)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    tl.store(out_ptr + column, tl.sum(sums, axis=0).to(out_ptr.dtype.element_ty), mask=column < width)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _weight_grad_kernel(
+    q_partial_ptr, k_partial_ptr, q_out_ptr, k_out_ptr, rows, q_width, k_width,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Programs (c, 0) add up the programs' shares of the queries' weight, programs (c, 1) of the keys'."""
+    if tl.program_id(1) == 0:
+        if q_partial_ptr is not None:
+            _column_sums(q_partial_ptr, q_out_ptr, rows, q_width, COLUMNS, ROWS)
+    else:
+        if k_partial_ptr is not None:
+            _column_sums(k_partial_ptr, k_out_ptr, rows, k_width, COLUMNS, ROWS)
 
 
 class Plan(NamedTuple):
@@ -297,37 +366,6 @@ def plan(kind: str, q_heads: int, k_heads: int, dim: int) -> Plan:
     threads = triton.cdiv(max(q_heads, k_heads) * dim, CONFIGS[kind]["elements"])
     warps = min(16, triton.next_power_of_2(triton.cdiv(threads, 32)))
     return Plan(*_parts(q_heads, dim, warps), *_parts(k_heads, dim, warps), warps)
-
-
-@lru_cache(maxsize=32)
-def frequency_table(dim: int, theta: float, device: torch.device) -> Tensor:
-    """Turns per unit of position of each pair, times 2^64 and modulo 2^64, int64 [dim / 2].
-
-    Built on first use, so a CUDA graph is captured after one call outside of it.
-    """
-    turns = (int(f / (2 * math.pi) * 2.0**64) % 2**64 for f in frequencies(dim, theta))
-    with torch.inference_mode(False):
-        return torch.tensor([t - 2**64 if t >= 2**63 else t for t in turns], dtype=torch.int64, device=device)
-
-
-@lru_cache(maxsize=16)
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def token_rows(x: Tensor) -> Tensor:
-    """``x [B, L, H, D]`` with the heads of a token packed; any stride between tokens is read in place."""
-    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
-
-
-def packed(weight: Tensor | None) -> Tensor | None:
-    return weight if weight is None else weight.contiguous()
-
-
-def position_rows(positions: Tensor) -> tuple[Tensor, int]:
-    """Packed positions and their stride between batch entries, 0 for ``[L, 3]``."""
-    positions = positions.contiguous()
-    return positions, 3 * positions.shape[1] if positions.ndim == 3 else 0
 
 
 def forward(
@@ -358,7 +396,7 @@ def backward(
     grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     positions: Tensor, eps: float, theta: float, per_head: bool, weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and, when asked for, of the weights in float32 (empty where there is none)."""
+    """Gradients of q, k and, when asked for, of the weights in their dtypes (empty where there is none)."""
     B, L, H, D = q.shape
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
@@ -366,25 +404,30 @@ def backward(
     programs = min(config["programs"] * multiprocessors(q.device), B * L)
     if programs:  # as few as finish in the same number of rounds: their shares of the weights' gradients are added up
         programs = triton.cdiv(B * L, triton.cdiv(B * L, programs))
-    q_share = k_share = None
-    if weight_grad and q_weight is not None:
-        q_share = torch.empty((programs, q_weight.numel()), dtype=torch.float32, device=q.device)
-    if weight_grad and k_weight is not None:
-        k_share = torch.empty((programs, k_weight.numel()), dtype=torch.float32, device=q.device)
+    shares: list[Tensor | None] = [None, None]
+    dweights: list[Tensor | None] = [None, None]
+    for i, weight in enumerate((q_weight, k_weight)):
+        if weight_grad and weight is not None:
+            shares[i] = torch.empty((programs, weight.numel()), dtype=torch.float32, device=q.device)
+            dweights[i] = (torch.empty if programs else torch.zeros)(weight.shape, dtype=weight.dtype, device=q.device)
     if programs:
         q, k, grad_q, grad_k = token_rows(q), token_rows(k), token_rows(grad_q), token_rows(grad_k)
         positions, position_batch = position_rows(positions)
         with torch.cuda.device_of(q):
             _backward_kernel[(programs, 2)](
-                q, k, grad_q, grad_k, packed(q_weight), packed(k_weight), dq, dk, q_share, k_share, positions,
+                q, k, grad_q, grad_k, packed(q_weight), packed(k_weight), dq, dk, *shares, positions,
                 frequency_table(D, theta, q.device), B * L, L, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
                 grad_q.stride(0), grad_q.stride(1), grad_k.stride(0), grad_k.stride(1), position_batch, eps,
-                H, cut.qa, cut.qb, k.shape[2], cut.ka, cut.kb, D, per_head, config["stages"], num_warps=cut.warps,
+                H, cut.qa, cut.qb, k.shape[2], cut.ka, cut.kb, D, per_head, config["stages"], config["merge"],
+                num_warps=cut.warps, maxnreg=config["maxnreg"],
             )  # fmt: skip
-    # One sum in a fixed order, so the gradient has the same bits every time.
-    dq_weight, dk_weight = (
-        torch.empty(0, dtype=torch.float32, device=q.device) if x is None else x.sum(dim=0) for x in (q_share, k_share)
-    )
+            widths = [0 if x is None else x.numel() for x in dweights]
+            if max(widths):
+                columns, rows = CONFIGS["weight_grad"]["columns"], CONFIGS["weight_grad"]["rows"]
+                _weight_grad_kernel[(triton.cdiv(max(widths), columns), 2)](
+                    *shares, *dweights, programs, *widths, columns, rows, num_warps=4
+                )
+    dq_weight, dk_weight = (torch.empty(0, dtype=torch.float32, device=q.device) if x is None else x for x in dweights)
     return dq, dk, dq_weight, dk_weight
 
 
@@ -421,7 +464,13 @@ def aot_cases() -> Iterator[tuple]:
         pointers = common | dict.fromkeys(("grad_q_ptr", "grad_k_ptr", "dq_ptr", "dk_ptr"), dtype)
         shares = ("q_partial_ptr", "k_partial_ptr")
         pointers |= dict.fromkeys(shares, "fp32") if weight else {}
-        constants |= absent | ({} if weight else dict.fromkeys(shares)) | {"STAGES": CONFIGS["backward"]["stages"]}
+        constants |= absent | ({} if weight else dict.fromkeys(shares))
+        constants |= {"MERGE": CONFIGS["backward"]["merge"], "STAGES": CONFIGS["backward"]["stages"]}
         strides = ("grad_q_batch", "grad_q_token", "grad_k_batch", "grad_k_token")
         signature = scalars | dict.fromkeys(strides, "i32") | {name: "*" + kind for name, kind in pointers.items()}
         yield _backward_kernel, signature, constants, options
+
+    signature = dict.fromkeys(("q_partial_ptr", "k_partial_ptr", "q_out_ptr", "k_out_ptr"), "*fp32")
+    signature |= dict.fromkeys(("rows", "q_width", "k_width"), "i32")
+    config = CONFIGS["weight_grad"]
+    yield _weight_grad_kernel, signature, {"COLUMNS": config["columns"], "ROWS": config["rows"]}, {"num_warps": 4}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from raven.reference.kv_append import dequantize
 from raven.spans import Spans, check_int
 
 __all__ = ["CachedChunk", "KVCache"]
@@ -40,6 +41,10 @@ class KVCache:
     the past chunks j with ``j < sink or i - j <= window``. window None: all of them, and ``max_chunks`` is needed.
     max_chunks: the most chunks of a video. heads: of the keys and values. dtype, device: as ``torch.empty`` defaults.
     S = chunk_tokens * ``num_slots``; rows outside ``spans`` are uninitialised.
+
+    dtype ``torch.float8_e4m3fn`` stores each head of a token with a scale of its own, amax / 448, in ``k_scale[layer]``
+    and ``v_scale[layer]``: [B, S, H] float32, ``None`` for other dtypes. ``kv_append`` writes them, ``read`` applies
+    them.
 
     ``begin`` opens the chunk in flight; ``slots`` and ``spans`` say where it writes and what it reads; ``commit`` makes
     it history. Raises ``ValueError`` for arguments out of range, ``RuntimeError`` for calls out of order.
@@ -80,6 +85,13 @@ class KVCache:
             layers = range(check_int("num_layers", num_layers, 1))
             self.k = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in layers)
             self.v = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in layers)
+            self.k_scale, self.v_scale = (
+                tuple(
+                    torch.empty(shape[:3], dtype=torch.float32, device=device) if dtype == torch.float8_e4m3fn else None
+                    for _ in layers
+                )
+                for _ in range(2)
+            )
         self._rows: dict[tuple[int, int], torch.Tensor] = {}
         self.reset()
 
@@ -156,6 +168,16 @@ class KVCache:
         assert self._spans is not None
         return self._spans
 
+    def read(self, layer: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer for attention, [B, S, H, D] in ``dtype``, which ``spans`` selects from.
+
+        The buffers themselves, without a copy, when they have that dtype; float8 is scaled back, others are cast.
+        """
+        return tuple(
+            x.to(dtype) if scale is None else dequantize(x, scale, dtype)
+            for x, scale in ((self.k[layer], self.k_scale[layer]), (self.v[layer], self.v_scale[layer]))
+        )
+
     @property
     def current(self) -> CachedChunk | None:
         """The chunk in flight, if one is open."""
@@ -175,8 +197,9 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers."""
-        return sum(t.numel() * t.element_size() for t in self.k + self.v)
+        """Bytes of the buffers, scales included."""
+        buffers = (*self.k, *self.v, *self.k_scale, *self.v_scale)
+        return sum(t.numel() * t.element_size() for t in buffers if t is not None)
 
     def __repr__(self) -> str:
         batch, rows, heads, head_dim = self.k[0].shape

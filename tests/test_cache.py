@@ -173,6 +173,32 @@ def test_buffers_and_bytes():
     assert "30 layers, batch 1, 7 slots of 4680 tokens, 12 heads of 128" in repr(cache)
 
 
+def test_float8_has_scales():
+    cache = KVCache(30, 1, 12, 128, 4680, max_chunks=7, dtype=torch.float8_e4m3fn, device="meta")
+    assert [x[3].shape for x in (cache.k_scale, cache.v_scale)] == [(1, 32_760, 12)] * 2
+    assert cache.k_scale[3].dtype == torch.float32 and len(cache.v_scale) == 30
+    assert cache.nbytes == 30 * 2 * 32_760 * 12 * (128 + 4)  # 3.11 GB
+
+
+def test_read_gives_what_attention_takes():
+    plain = KVCache(2, 1, 1, 2, 2, window=0, dtype=torch.bfloat16)
+    assert plain.k_scale == plain.v_scale == (None, None)
+    k, v = plain.read(1, torch.bfloat16)
+    assert k is plain.k[1] and v is plain.v[1]
+    for buffer in (plain.k[0], plain.v[0]):
+        buffer.fill_(1.5)
+    k, v = plain.read(0, torch.float32)
+    assert k.dtype == v.dtype == torch.float32 and k.eq(1.5).all() and v.eq(1.5).all()
+
+    stored = KVCache(1, 1, 2, 2, 1, window=0, dtype=torch.float8_e4m3fn)
+    stored.k[0].copy_(torch.tensor([[[[448.0, -224.0], [1.0, 0.0]]]]))
+    stored.v[0].copy_(torch.full((1, 1, 2, 2), -448.0))
+    stored.k_scale[0].copy_(torch.tensor([[[0.5, 3.0]]]))
+    stored.v_scale[0].fill_(2.0**-3)
+    k, v = stored.read(0, torch.float16)
+    assert k.dtype == torch.float16 and k.tolist() == [[[[224.0, -112.0], [3.0, 0.0]]]] and v.eq(-56.0).all()
+
+
 def test_reset_keeps_the_buffers():
     cache = KVCache(1, 1, 1, 2, 2, window=1, dtype=torch.float32)
     cache.begin(2, 0, 1)

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import raven
-from raven import backends
+from raven import backends, native, rows
 from raven.ops import qk_norm_rope
 from raven.ops.qk_norm_rope import _qk_norm_rope, _qk_norm_rope_backward
 from raven.reference import qk_norm_rope as reference
 
+EVERY_GPU_BACKEND = True
 # Unit roundoff of each dtype, and room for the float32 arithmetic before that one rounding.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 ARITHMETIC = 2e-6
@@ -232,10 +233,35 @@ def test_triton_by_name_is_not_replaced(triton_backend, D, dtype, reason):
         qk_norm_rope(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"D": 24}, "head dim 24"),
+        ({"H": 65, "D": 128, "dtype": torch.bfloat16}, "q has 8320 channels in a token, more than 8192"),
+        ({"Hk": 33, "D": 256}, "k has 8448 channels in a token, more than 8192"),
+        ({"D": 64}, "the tensors are on cpu"),
+    ],
+    ids=str,
+)
+def test_cuda_says_what_it_cannot_take(change, reason):
+    assert reason in raven.explain("qk_norm_rope", *make(**change)[:4]).reasons["cuda"]
+
+
+def test_rows_are_read_in_place_where_they_are_aligned():
+    """What the CUDA kernels read in 16-byte pieces: packed heads, every row at a multiple of 16 bytes."""
+    q = torch.randn(2, 3, 4, 16)
+    fused = torch.randn(2, 3, 3 * 64)
+    in_place = (q, fused[..., 64:128].view(2, 3, 4, 16), q[:, 1:], q[:, :1].expand(2, 3, 4, 16))
+    assert all(rows.aligned_rows(x) is x for x in in_place)
+    shifted = fused[..., 1:65].view(2, 3, 4, 16)
+    for x in (shifted, q.transpose(1, 2).contiguous().transpose(1, 2), q[..., 8:].half()[..., :4]):
+        copy = rows.aligned_rows(x)
+        assert copy is not x and rows.are_aligned(copy) and torch.equal(copy, x)
+
+
 def test_frequencies_in_fixed_point():
     """position * table, modulo 2^64, is the angle in turns: what the kernels multiply, held against exact fractions."""
-    pytest.importorskip("triton")
-    from raven.kernels.qk_norm_rope import frequency_table
+    from raven.rows import frequency_table
 
     table = frequency_table(128, 10000.0, torch.device("cpu")).tolist()
     for frequency, entry in zip(reference.frequencies(128, 10000.0), table, strict=True):
@@ -324,7 +350,7 @@ def check_alone_as_in_batch(arguments):
         assert torch.equal(got, want)
 
 
-# Triton on a GPU
+# On a GPU
 
 on_gpu = functools.partial(make, device="cuda", frames=100_000)
 
@@ -340,32 +366,96 @@ on_gpu = functools.partial(make, device="cuda", frames=100_000)
         {"L": 130, "H": 7, "Hk": 7, "D": 256},
         {"L": 129, "H": 4, "Hk": 4, "D": 32},
         {"L": 129, "H": 12, "Hk": 3, "D": 128, "weights": False},
+        {"L": 65, "H": 5, "Hk": 3, "D": 16},
+        {"L": 66, "H": 8, "Hk": 8, "D": 256, "per_head": True},
+        {"B": 1, "L": 1, "H": 16, "Hk": 16, "D": 128},
     ],
     ids=str,
 )
-def test_gpu(triton_backend, poisoned, dtype, case):
+def test_gpu(poisoned, dtype, case):
     check_against_reference(strided(on_gpu(dtype=dtype, **case)), case.get("per_head", False))
 
 
 @pytest.mark.gpu
-def test_gpu_alone_as_in_batch(triton_backend):
+@pytest.mark.parametrize("weight", [torch.bfloat16, torch.float16])
+def test_gpu_weights_of_two_bytes(weight):
+    q, k, q_weight, k_weight, positions = on_gpu(L=300, H=6, Hk=6, D=128, dtype=torch.bfloat16)
+    check_against_reference([q, k, q_weight.to(weight), k_weight.to(weight), positions])
+
+
+@pytest.mark.gpu
+def test_gpu_unaligned_rows_are_copied():
+    """Rows that do not begin at a multiple of 16 bytes."""
+    arguments = on_gpu(L=33, H=3, Hk=3, D=64, dtype=torch.bfloat16)
+    expected = with_gradients(arguments)
+    for i in range(2):
+        wide = torch.nn.functional.pad(arguments[i].flatten(2), (1, 2))
+        arguments[i] = wide[..., 1:-2].view_as(arguments[i])
+    got = with_gradients(arguments)
+    for a, b in zip(got[0] + got[1], expected[0] + expected[1], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_gpu_empty():
+    leaves = [x.requires_grad_() if x.is_floating_point() else x for x in on_gpu(L=0)]
+    q, k = qk_norm_rope(*leaves)
+    (q.sum() + k.sum()).backward()
+    assert torch.equal(leaves[2].grad, torch.zeros_like(leaves[2]))
+
+
+@pytest.mark.gpu
+def test_gpu_nan_stays_in_its_token():
+    arguments = on_gpu(L=50, H=12, Hk=12, D=128, dtype=torch.bfloat16)
+    clean = qk_norm_rope(*arguments)
+    arguments[0][0, 7, 3, 5] = math.nan
+    q, k = qk_norm_rope(*arguments)
+    assert q[0, 7].isnan().all() and torch.equal(k, clean[1])
+    others = torch.ones(2, 50, dtype=torch.bool, device="cuda")
+    others[0, 7] = False
+    assert torch.equal(q[others], clean[0][others])
+
+
+@pytest.mark.gpu
+def test_gpu_in_a_graph():
+    """Captured once, replayed on other numbers: forward and backward."""
+    arguments = on_gpu(L=400, H=12, Hk=12, D=128, dtype=torch.bfloat16)
+    new = on_gpu(L=400, H=12, Hk=12, D=128, dtype=torch.bfloat16)
+    expected = with_gradients(new)
+    with_gradients(arguments)  # compiles, and makes the table of frequencies
+    grads = expected[2]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = _qk_norm_rope(*arguments, 1e-6, 1e4, False)
+        gradients = _qk_norm_rope_backward(*grads, *arguments, 1e-6, 1e4, False, True)
+    for x, y in zip(arguments, new, strict=True):
+        x.copy_(y)
+    for _ in range(2):
+        graph.replay()
+        for got, want in zip((*outputs, *gradients), expected[0] + expected[1], strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_gpu_alone_as_in_batch():
     check_alone_as_in_batch(on_gpu(L=700, H=12, Hk=12, D=128, dtype=torch.bfloat16))
 
 
 @pytest.mark.gpu
-def test_gpu_chosen_and_equal_to_reference():
+def test_gpu_chosen_and_equal_to_reference(gpu_backend):
     arguments = on_gpu(H=12, Hk=12, D=128)
-    assert raven.explain("qk_norm_rope", *arguments[:4]).chosen == "triton"
+    compiled = "cuda" if gpu_backend == "automatic" and native.reason(*arguments) is None else "triton"
+    assert raven.explain("qk_norm_rope", *arguments[:4]).chosen == compiled
     outputs = qk_norm_rope(*arguments)
     for got, want in zip(outputs, reference.qk_norm_rope(*arguments), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
-def test_gpu_more_than_2_31_elements(triton_backend):
+def test_gpu_more_than_2_31_elements():
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GiB of free GPU memory")
-    L, H, D = 2**31 // (64 * 256) + 3, 64, 256
+    L, H, D = 2**31 // (32 * 256) + 3, 32, 256
     q = torch.zeros(1, L, H, D, dtype=torch.bfloat16, device="cuda")
     q[:, -5:].normal_()
     k = torch.randn(1, L, 1, D, dtype=torch.bfloat16, device="cuda")

@@ -282,6 +282,6 @@ class CausalWan(nn.Module):
             q = kv_append(q, k, v, q_weight, k_weight, positions, cache, layer, eps=eps)
             if write_only and layer == last:
                 return q
-            return chunk_attention(q, cache.k[layer], cache.v[layer], cache.spans)
+            return chunk_attention(q, *cache.read(layer, q.dtype), cache.spans)
 
         return attend

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from raven import backends
+from raven import backends, rows
 from raven.errors import check_dtype, check_no_tangent, check_same_device, check_shape
-from raven.ops.qk_norm_rope import DTYPES, check_arguments, triton_reason
+from raven.ops.qk_norm_rope import DTYPES, check_arguments, cuda_reason, triton_reason, weight_arguments
 from raven.reference import kv_append as reference
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def kv_append(
     Args:
         q: ``[B, L, H, D]``; k, v: ``[B, L, Hk, D]``; other arguments as in ``qk_norm_rope``. ``L`` is the length of
             ``cache.slots``.
-        cache: an open ``KVCache`` (after ``begin``) whose buffers are ``[B, S, Hk, D]`` of any floating dtype.
+        cache: an open ``KVCache`` (after ``begin``) whose buffers are ``[B, S, Hk, D]`` of any floating dtype. One of
+            float8 e4m3 gets, for each head of a token, a scale of amax / 448 and the numbers divided by it.
         layer: index of the layer whose buffers are written.
 
     Returns:
@@ -67,11 +68,15 @@ def kv_append(
     check_shape("cache.k", k_cache, (B, "S", Hk, D))
     check_shape("cache.v", v_cache, tuple(k_cache.shape))
     for name, x in (("cache.k", k_cache), ("cache.v", v_cache)):
-        check_dtype(name, x, DTYPES)
+        check_dtype(name, x, (*DTYPES, torch.float8_e4m3fn))
         check_same_device(name, x, "q", q)
-    return _kv_append(
-        q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, float(eps), float(theta), per_head
-    )
+    check_dtype("cache.v", v_cache, (k_cache.dtype,))
+    arguments = (q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache)
+    options = (float(eps), float(theta), per_head)
+    k_scale, v_scale = cache.k_scale[layer], cache.v_scale[layer]
+    if k_scale is None or v_scale is None:
+        return _kv_append(*arguments, *options)
+    return _kv_append_float8(*arguments, k_scale, v_scale, *options)
 
 
 @torch.library.custom_op("raven::kv_append", mutates_args=("k_cache", "v_cache"))
@@ -89,11 +94,7 @@ def _kv_append(
     theta: float,
     per_head: bool,
 ) -> torch.Tensor:
-    if backends.select("kv_append", q, k, v, q_weight, k_weight, k_cache, v_cache) == "reference":
-        run = reference.kv_append
-    else:
-        from raven.kernels.kv_append import append as run
-    return run(q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, eps, theta, per_head)
+    return _run(q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, eps, theta, per_head)
 
 
 @_kv_append.register_fake
@@ -101,11 +102,84 @@ def _(q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, eps, thet
     return q.new_empty(q.shape)
 
 
+# An op of its own: PyTorch 2.11 fails on mutated arguments that are None.
+@torch.library.custom_op("raven::kv_append_float8", mutates_args=("k_cache", "v_cache", "k_scale", "v_scale"))
+def _kv_append_float8(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
+    eps: float,
+    theta: float,
+    per_head: bool,
+) -> torch.Tensor:
+    return _run(q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, eps, theta, per_head, k_scale, v_scale)
+
+
+@_kv_append_float8.register_fake
+def _(q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, k_scale, v_scale, eps, theta, per_head):
+    return q.new_empty(q.shape)
+
+
+def _run(q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, *others):
+    backend = backends.select("kv_append", q, k, v, q_weight, k_weight, k_cache, v_cache)
+    if backend == "cuda":
+        run = _cuda_append
+    elif backend == "triton":
+        from raven.kernels.kv_append import append as run
+    else:
+        run = reference.kv_append
+    return run(q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, *others)
+
+
+def _cuda_append(
+    q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, eps, theta, per_head, k_scale=None, v_scale=None
+):
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if q.shape[0] * q.shape[1]:
+        with torch.cuda.device_of(q):
+            torch.ops.raven_cuda.norm_rope_rows(
+                *map(rows.aligned_rows, (q, k, v)), q_out, k_cache, v_cache, k_scale, v_scale,
+                *weight_arguments(q_weight), *weight_arguments(k_weight), positions.contiguous(), slots.contiguous(),
+                rows.frequency_table(q.shape[-1], theta, q.device), eps, per_head,
+            )  # fmt: skip
+    return q_out
+
+
+def _caches(tensors: tuple[object, ...]) -> list[tuple[str, torch.Tensor]]:
+    """The caches among the arguments of ``select``, by name."""
+    return [(n, x) for n, x in zip(("k_cache", "v_cache"), tensors[5:7], strict=False) if isinstance(x, torch.Tensor)]
+
+
+def _cuda_reason(*tensors: object) -> str | None:
+    q = tensors[0] if tensors else None
+    for name, x in _caches(tensors):
+        if isinstance(q, torch.Tensor) and x.dtype not in (q.dtype, torch.float8_e4m3fn):
+            return f"{name} has dtype {x.dtype}, neither that of q nor float8_e4m3fn"
+        if not rows.are_aligned(x):
+            return (
+                f"{name} has strides {x.stride()}: heads of a row must be packed, rows begin at multiples of 16 bytes"
+            )
+    return cuda_reason(*tensors)
+
+
 def _triton_reason(*tensors: object) -> str | None:
-    for name, x in zip(("k_cache", "v_cache"), tensors[-2:], strict=False):
-        if isinstance(x, torch.Tensor) and x.ndim == 4 and (x.stride(3) != 1 or x.stride(2) != x.shape[3]):
+    for name, x in _caches(tensors):
+        if x.stride(3) != 1 or x.stride(2) != x.shape[3]:
             return f"{name} has strides {x.stride()}, and the heads of a row must be packed"
+        if x.dtype == torch.float8_e4m3fn:
+            if backends.interpreting():
+                return f"{name} has dtype float8_e4m3fn, which Triton's interpreter does not compute"
+            if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
+                return f"{name} has dtype float8_e4m3fn, which needs compute capability (8, 9)"
     return triton_reason(*tensors)
 
 
-backends.register("kv_append", triton=_triton_reason, reference=backends.always)
+backends.register("kv_append", cuda=_cuda_reason, triton=_triton_reason, reference=backends.always)

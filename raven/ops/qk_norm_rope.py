@@ -6,11 +6,14 @@ import math
 
 import torch
 
-from raven import backends
+from raven import backends, native, rows
 from raven.errors import check_dtype, check_no_tangent, check_same_device, check_shape
 from raven.reference import qk_norm_rope as reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+HEAD_DIMS = (16, 32, 64, 128, 256)
+# As csrc/include/raven/memory.cuh numbers them.
+WEIGHT_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def qk_norm_rope(
@@ -42,7 +45,7 @@ def qk_norm_rope(
         per_head: take the mean over D for each head on its own.
 
     Returns:
-        New packed tensors like q and k. On Triton a token gives the same bits alone and in a batch, and the weights'
+        New packed tensors like q and k. On a GPU a token gives the same bits alone and in a batch, and the weights'
         gradients, summed in float32 in a fixed order, are the same from run to run.
 
     Raises:
@@ -90,11 +93,70 @@ def check_arguments(
         raise ValueError(f"theta: got {theta}, expected a positive finite number")
 
 
+def _head_dim_reason(q: object) -> str | None:
+    if isinstance(q, torch.Tensor) and q.shape[-1] not in HEAD_DIMS:
+        return f"head dim {q.shape[-1]} is not one of {', '.join(map(str, HEAD_DIMS))}"
+    return None
+
+
 def triton_reason(q: object, *others: object) -> str | None:
     """Why the Triton kernels of ``qk_norm_rope`` and ``kv_append`` cannot run on these tensors, or ``None``."""
-    if isinstance(q, torch.Tensor) and q.shape[-1] not in (16, 32, 64, 128, 256):
-        return f"head dim {q.shape[-1]} is not one of 16, 32, 64, 128, 256"
-    return backends.triton_reason(q, *others)
+    return _head_dim_reason(q) or backends.triton_reason(q, *others)
+
+
+def cuda_reason(q: object, k: object = None, *others: object) -> str | None:
+    """Why the CUDA kernels of ``qk_norm_rope`` and ``kv_append`` cannot run on these tensors, or ``None``."""
+    for name, x in (("q", q), ("k", k)):
+        if not isinstance(x, torch.Tensor):
+            continue
+        # What a block holds of one row, in registers and shared memory.
+        if (channels := x.shape[-2] * x.shape[-1]) > 8192:
+            return f"{name} has {channels} channels in a token, more than 8192"
+        if x.shape[0] * x.shape[1] >= 2**30:
+            return f"{name} has {x.shape[0] * x.shape[1]} tokens, 2^30 or more"
+    return _head_dim_reason(q) or native.reason(q, k, *others)
+
+
+def weight_arguments(weight: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    """A weight and the number of its dtype, as the CUDA ops take them."""
+    return (None, 0) if weight is None else (rows.aligned(weight), WEIGHT_DTYPES[weight.dtype])
+
+
+def _cuda_forward(q, k, q_weight, k_weight, positions, eps, theta, per_head):
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    if q.shape[0] * q.shape[1]:
+        with torch.cuda.device_of(q):
+            torch.ops.raven_cuda.norm_rope_rows(
+                rows.aligned_rows(q), rows.aligned_rows(k), None, q_out, k_out, None, None, None,
+                *weight_arguments(q_weight), *weight_arguments(k_weight), positions.contiguous(), None,
+                rows.frequency_table(q.shape[-1], theta, q.device), eps, per_head,
+            )  # fmt: skip
+    return q_out, k_out
+
+
+def _cuda_backward(grad_q, grad_k, q, k, q_weight, k_weight, positions, eps, theta, per_head, weight_grad):
+    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    total = q.shape[0] * q.shape[1]
+    # One block for each multiprocessor, in proportion to the heads, so that both tensors take the same time.
+    most = max(rows.multiprocessors(q.device), 2)
+    for_q = min(max(round(most * q.shape[2] / (q.shape[2] + k.shape[2])), 1), most - 1)
+    blocks = [min(for_q, total), min(most - for_q, total)]
+    # Each block writes one partial gradient of its weight; the second launch adds them up.
+    partial, dweight = [None, None], [torch.empty(0, dtype=torch.float32, device=q.device)] * 2
+    for i, weight in enumerate((q_weight, k_weight)):
+        if weight_grad and weight is not None:
+            new = torch.empty if total else torch.zeros
+            dweight[i] = new(weight.shape, dtype=weight.dtype, device=q.device)
+            partial[i] = torch.empty((blocks[i], weight.numel()), dtype=torch.float32, device=q.device)
+    if total:
+        with torch.cuda.device_of(q):
+            torch.ops.raven_cuda.norm_rope_backward(
+                *map(rows.aligned_rows, (grad_q, grad_k, q, k)), dq, dk,
+                *weight_arguments(q_weight), *weight_arguments(k_weight), *partial,
+                *(None if p is None else w for p, w in zip(partial, dweight, strict=True)), positions.contiguous(),
+                rows.frequency_table(q.shape[-1], theta, q.device), eps, per_head, *blocks,
+            )  # fmt: skip
+    return dq, dk, *dweight
 
 
 @torch.library.custom_op("raven::qk_norm_rope", mutates_args=())
@@ -108,11 +170,14 @@ def _qk_norm_rope(
     theta: float,
     per_head: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if backends.select("qk_norm_rope", q, k, q_weight, k_weight) == "reference":
-        return reference.qk_norm_rope(q, k, q_weight, k_weight, positions, eps, theta, per_head)
-    from raven.kernels import qk_norm_rope as kernels
-
-    return kernels.forward(q, k, q_weight, k_weight, positions, eps, theta, per_head)
+    backend = backends.select("qk_norm_rope", q, k, q_weight, k_weight)
+    if backend == "cuda":
+        run = _cuda_forward
+    elif backend == "triton":
+        from raven.kernels.qk_norm_rope import forward as run
+    else:
+        run = reference.qk_norm_rope
+    return run(q, k, q_weight, k_weight, positions, eps, theta, per_head)
 
 
 @_qk_norm_rope.register_fake
@@ -134,13 +199,16 @@ def _qk_norm_rope_backward(
     per_head: bool,
     weight_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    arguments = (grad_q, grad_k, q, k, q_weight, k_weight, positions, eps, theta, per_head)
-    if backends.select("qk_norm_rope", q, k, q_weight, k_weight) == "reference":
-        dq, dk, dq_weight, dk_weight = reference.qk_norm_rope_backward(*arguments, weight_grad)
+    backend = backends.select("qk_norm_rope", q, k, q_weight, k_weight)
+    if backend == "cuda":
+        run = _cuda_backward
+    elif backend == "triton":
+        from raven.kernels.qk_norm_rope import backward as run
     else:
-        from raven.kernels import qk_norm_rope as kernels
-
-        dq, dk, dq_weight, dk_weight = kernels.backward(*arguments, weight_grad)
+        run = reference.qk_norm_rope_backward
+    dq, dk, dq_weight, dk_weight = run(
+        grad_q, grad_k, q, k, q_weight, k_weight, positions, eps, theta, per_head, weight_grad
+    )
     return dq, dk, _like(dq_weight, q_weight), _like(dk_weight, k_weight)
 
 
@@ -172,4 +240,4 @@ def _autograd(ctx, grad_q, grad_k):
 
 
 _qk_norm_rope.register_autograd(_autograd, setup_context=_setup_context)
-backends.register("qk_norm_rope", triton=triton_reason, reference=backends.always)
+backends.register("qk_norm_rope", cuda=cuda_reason, triton=triton_reason, reference=backends.always)

@@ -1,0 +1,99 @@
+// raven_cuda::norm_rope_rows: the forward of qk_norm_rope, and kv_append with its caches.
+#include "interface.h"
+#include "raven/qk_norm_rope.cuh"
+
+namespace raven {
+namespace {
+
+template <typename T>
+Rows<T> rows(const Tensor& x) {
+    return {pointer<T>(x), x.stride(0), x.stride(1)};
+}
+
+template <typename T>
+Rows<T> rows(const std::optional<Tensor>& x) {
+    return x.has_value() ? rows<T>(*x) : Rows<T>{nullptr, 0, 0};
+}
+
+struct Arguments {
+    const Tensor &q, &k;
+    const std::optional<Tensor>& v;
+    const Tensor &q_out, &k_out;
+    const std::optional<Tensor>&v_out, &k_scale, &v_scale;
+    Weight q_weight, k_weight;
+    const Tensor& positions;
+    const std::optional<Tensor>& slots;
+    const Tensor& frequencies;
+    double eps;
+    bool per_head;
+};
+
+template <typename T, typename Stored>
+void run(const Arguments& a) {
+    const int64_t length = a.q.size(1), dim = a.q.size(3);
+    RowJob<T, Stored> job{};
+    job.q = rows<const T>(a.q);
+    job.k = rows<const T>(a.k);
+    job.v = rows<const T>(a.v);
+    job.q_out = rows<T>(a.q_out);
+    job.k_out = rows<Stored>(a.k_out);
+    job.v_out = rows<Stored>(a.v_out);
+    job.k_scale = rows<float>(a.k_scale);
+    job.v_scale = rows<float>(a.v_scale);
+    job.q_weight = a.q_weight;
+    job.k_weight = a.k_weight;
+    job.positions = pointer<const int32_t>(a.positions);
+    job.position_batch = a.positions.dim() == 3 ? 3 * length : 0;
+    job.slots = pointer<const int32_t>(a.slots);
+    job.frequencies = pointer<const int64_t>(a.frequencies);
+    job.total = static_cast<uint32_t>(a.q.size(0) * length);
+    job.length = static_cast<uint32_t>(length);
+    job.q_eights = static_cast<int>(a.q.size(2) * dim / 8);
+    job.k_eights = static_cast<int>(a.k.size(2) * dim / 8);
+    job.dim = static_cast<int>(dim);
+    job.q_share = 1.0f / static_cast<float>(a.per_head ? dim : 8 * job.q_eights);
+    job.k_share = 1.0f / static_cast<float>(a.per_head ? dim : 8 * job.k_eights);
+    job.per_head = a.per_head;
+    job.eps = static_cast<float>(a.eps);
+    check_cuda(launch_rows(job, current_stream(a.q)), "norm_rope_rows");
+}
+
+template <typename T>
+void run_stored(const Arguments& a) {
+    if (a.k_scale.has_value()) {
+        run<T, __nv_fp8_e4m3>(a);
+    } else {
+        run<T, T>(a);
+    }
+}
+
+void norm_rope_rows_op(Tensor q, Tensor k, std::optional<Tensor> v, Tensor q_out, Tensor k_out,
+                       std::optional<Tensor> v_out, std::optional<Tensor> k_scale, std::optional<Tensor> v_scale,
+                       std::optional<Tensor> q_weight, int64_t q_weight_dtype, std::optional<Tensor> k_weight,
+                       int64_t k_weight_dtype, Tensor positions, std::optional<Tensor> slots, Tensor frequencies,
+                       double eps, bool per_head) {
+    const Arguments a{q, k, v, q_out, k_out, v_out, k_scale, v_scale,
+                      Weight{pointer<const void>(q_weight), static_cast<Dtype>(q_weight_dtype)},
+                      Weight{pointer<const void>(k_weight), static_cast<Dtype>(k_weight_dtype)},
+                      positions, slots, frequencies, eps, per_head};
+    switch (q.scalar_type()) {
+        case ScalarType::BFloat16:
+            return run_stored<__nv_bfloat16>(a);
+        case ScalarType::Half:
+            return run_stored<__half>(a);
+        default:
+            return run_stored<float>(a);
+    }
+}
+
+}  // namespace
+}  // namespace raven
+
+STABLE_TORCH_LIBRARY_FRAGMENT(raven_cuda, m) {
+    m.def(
+        "norm_rope_rows(Tensor q, Tensor k, Tensor? v, Tensor(a!) q_out, Tensor(b!) k_out, Tensor(c!)? v_out, "
+        "Tensor(d!)? k_scale, Tensor(e!)? v_scale, Tensor? q_weight, int q_weight_dtype, Tensor? k_weight, "
+        "int k_weight_dtype, Tensor positions, Tensor? slots, Tensor frequencies, float eps, bool per_head) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(raven_cuda, CUDA, m) { m.impl("norm_rope_rows", TORCH_BOX(&raven::norm_rope_rows_op)); }
