@@ -19,7 +19,7 @@ from raven.planner import plan
 from raven.reference.chunk_attention import dense_attention
 from raven.spans import Spans
 from raven.testing import assert_bitwise, poisoned_memory, relative_rms, tolerance
-from raven.worklist import forward_work
+from raven.worklist.forward import forward_work
 
 WIDE = Spans.build([((0, 700), [(0, 5000), (5100, 5900)]), ((700, 900), [(100, 4000)])])  # few tiles, many keys
 

@@ -10,7 +10,7 @@ import torch
 from raven import native
 from raven.ops._device_lists import held_by_graphs
 from raven.planner import plan
-from raven.worklist import forward_work
+from raven.worklist.forward import forward_work
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)

@@ -13,7 +13,7 @@ from raven import backends
 from raven.ops._chunk_attention_cuda import copyable, multiprocessors
 from raven.ops._device_lists import held_by_graphs
 from raven.planner import plan
-from raven.worklist import forward_work
+from raven.worklist.forward import forward_work
 
 CHECKED = ((3, 6),)  # releases of Triton whose Gluon ran this kernel's tests on a GPU
 DTYPES = (torch.bfloat16, torch.float16)

@@ -11,8 +11,8 @@ import torch
 
 from raven import backends
 from raven.errors import check_dtype, check_no_tangent, check_same_device, check_shape
-from raven.ops import _attention_cuda_backward as cuda_backward
 from raven.ops import _chunk_attention_cuda as cuda
+from raven.ops import _chunk_attention_cuda_backward as cuda_backward
 from raven.ops import _chunk_attention_gluon as gluon
 from raven.ops._device_lists import held_by_graphs
 from raven.planner import TilePlan, plan, transpose

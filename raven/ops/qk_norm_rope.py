@@ -142,7 +142,7 @@ def _cuda_backward(grad_q, grad_k, q, k, q_weight, k_weight, positions, eps, the
     for_q = min(max(round(most * q.shape[2] / (q.shape[2] + k.shape[2])), 1), most - 1)
     blocks = [min(for_q, total), min(most - for_q, total)]
     # Each block writes one partial gradient of its weight; the second launch adds them up.
-    partial, dweight = [None, None], [torch.empty(0, dtype=torch.float32, device=q.device)] * 2
+    partial, dweight = [None, None], [torch.empty(0, dtype=torch.float32, device=q.device) for _ in range(2)]
     for i, weight in enumerate((q_weight, k_weight)):
         if weight_grad and weight is not None:
             new = torch.empty if total else torch.zeros

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from raven.layout import ChunkLayout
 from raven.planner import plan
 from raven.spans import Spans
-from raven.worklist import FEW, FIELDS, MIN_STEPS, _makespan, forward_work
+from raven.worklist.forward import FEW, FIELDS, MIN_STEPS, _makespan, forward_work
 
 BLOCK = 128
 WORKERS = 132

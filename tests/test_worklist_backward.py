@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from raven.layout import ChunkLayout
-from raven.ops._attention_backward_plan import KEYS, plan_backward
 from raven.testing import KINDS, random_mask
+from raven.worklist.backward import KEYS, plan_backward
 
 
 def plan_of(spans, block_q, heads, together):
