@@ -49,7 +49,8 @@ def policy_loss(
     Returns:
         The loss, no dimension, and the log-density, ``[B]`` or ``[B, N]`` with ``chunk_frames``, which takes no
         gradient; float32 (float64 for float64 inputs). The log-density has the bits of ``gaussian_log_prob`` on the
-        same backend. An empty batch, or empty samples, give 0.
+        backends cuda and reference, on triton it may differ in rounding; a sample gives the same bits alone, in a
+        batch and from run to run. An empty batch, or empty samples, give 0.
 
     Raises:
         ValueError: shapes, devices, chunk sizes, weights, levels out of range; a state or a level that requires a

@@ -4,6 +4,8 @@
 // and its gradients in v, x_t, x_s are -t (1 - s) e / s^2, (1 - s) e / s^2, -e / s^2.
 #pragma once
 
+#include <algorithm>
+
 #include "row_sums.cuh"
 
 namespace raven {
@@ -82,23 +84,41 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     });
 }
 
-// What was written for a gradient of 1, times the gradient of its row. Where that is 1 and nothing moves, it costs
-// no memory traffic.
+// What was written for a gradient of 1, times the gradient, at elements [begin, end), as many as a block loads at once.
+template <typename In, typename Out>
+__device__ void scale_piece(In in, Out out, int64_t begin, int64_t end, float factor) {
+    const auto count = [&](int64_t i) { return static_cast<int>(min(static_cast<int64_t>(kVector), end - i)); };
+    begin += threadIdx.x * kVector;
+    float4 x[kScaleSteps];
+#pragma unroll
+    for (int u = 0; u < kScaleSteps; ++u) {
+        const int64_t i = begin + u * kStep;
+        if (i < end) x[u] = in.load(i, count(i));
+    }
+#pragma unroll
+    for (int u = 0; u < kScaleSteps; ++u) {
+        const int64_t i = begin + u * kStep;
+        if (i < end) out.store(i, count(i), scaled(factor, x[u]));
+    }
+}
+
+// With a gradient for each row. Where that is 1 and nothing moves, there is no memory traffic.
 template <typename In, typename Out>
 __global__ void __launch_bounds__(kThreads) scale_rows(In in, Out out, Geometry g, Level grad) {
     const Piece p = locate_from_the_end(g);
     const float factor = grad.at(p.sample, p.chunk);
     if (factor == 1.0f && in.data == out.data) return;
-    float4 x[kScaleSteps];
-#pragma unroll
-    for (int u = 0; u < kScaleSteps; ++u) {
-        const int i = p.begin + u * kStep + threadIdx.x * kVector;
-        if (i < p.end) x[u] = in.load(p.start + i, min(kVector, p.end - i));
-    }
-#pragma unroll
-    for (int u = 0; u < kScaleSteps; ++u) {
-        const int i = p.begin + u * kStep + threadIdx.x * kVector;
-        if (i < p.end) out.store(p.start + i, min(kVector, p.end - i), scaled(factor, x[u]));
+    scale_piece(in, out, p.start + p.begin, p.start + p.end, factor);
+}
+
+// With one gradient for everything, in few blocks: where it is 1, starting them is all that there is to do.
+template <typename In, typename Out>
+__global__ void __launch_bounds__(kThreads) scale_all(In in, Out out, int64_t size, const float* grad) {
+    const float factor = __ldg(grad);
+    if (factor == 1.0f && in.data == out.data) return;
+    constexpr int64_t piece = kScaleSteps * kStep;
+    for (int64_t begin = blockIdx.x * piece; begin < size; begin += gridDim.x * piece) {
+        scale_piece(in, out, begin, size, factor);
     }
 }
 
@@ -139,8 +159,15 @@ inline cudaError_t scale_gradient(const void* gradient, void* out, rows::Type ty
     // Nothing is summed here, so pieces need not be those of the forward: each is what a block loads at once.
     g.splits = (g.splits * (g.piece / rows::kStep) + rows::kScaleSteps - 1) / rows::kScaleSteps;
     g.piece = rows::kScaleSteps * rows::kStep;
+    const bool uniform = grad.table != nullptr && grad.sample_stride == 0 && grad.chunk_stride == 0;
+    const int64_t size = g.plane * g.frames * g.channels * g.samples;
+    const unsigned few = static_cast<unsigned>(std::min<int64_t>((size + g.piece - 1) / g.piece, rows::kScaleBlocks));
     const auto launch = [&](auto from, auto to) {
-        rows::scale_rows<<<g.blocks(), rows::kThreads, 0, stream>>>(from, to, g, grad);
+        if (uniform) {
+            rows::scale_all<<<few, rows::kThreads, 0, stream>>>(from, to, size, grad.table);
+        } else {
+            rows::scale_rows<<<g.blocks(), rows::kThreads, 0, stream>>>(from, to, g, grad);
+        }
     };
     if (g.plane % rows::kVector == 0 && rows::aligned(in, in_type) && rows::aligned(out, type)) {
         rows::with_reader(out, type, [&](auto to) { launch(to.gradient(in), to); });

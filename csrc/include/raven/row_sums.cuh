@@ -21,7 +21,8 @@ constexpr int kVector = 4;                 // neighbouring elements of a thread
 constexpr int kStep = kThreads * kVector;  // elements that a block takes at once
 constexpr int kUnroll = 2;                 // steps whose loads are on their way together
 constexpr int kMinBlocks = 4;              // resident on a multiprocessor: 64 registers a thread
-constexpr int kScaleSteps = 4;             // all that a block takes where nothing is summed
+constexpr int kScaleSteps = 4;             // all that a block takes at once where nothing is summed
+constexpr int kScaleBlocks = 2048;         // at most, where a block may come back for more
 
 // The shape of the tensors and of the work, the same for every block.
 struct Geometry {
