@@ -23,14 +23,15 @@ from raven.rows import frequency_table, multiprocessors, packed, position_rows, 
 # How work is cut. A tuning script may change it, and calls ``plan.cache_clear()`` after each change.
 # elements: of a row that one thread holds at most, which sets the number of warps
 # tokens:   that a program takes one after the other (forward)
-#           or at once (backward, where they share the exchange between warps)
-# programs: per multiprocessor and tensor (backward, where a program keeps its share of the weight's gradient)
+# warps:    of a program at least
+# threads:  per multiprocessor (backward: programs stay, each with its share of the weight's gradient) at 128 registers
+#           each; half as many where a thread holds more than 24 elements, and needs more registers
 # stages:   of copies into shared memory ahead of the computation; 1: straight into registers
 CONFIGS = {
-    "forward": {"elements": 48, "tokens": 1, "stages": 1},
-    "append": {"elements": 48, "tokens": 1, "stages": 1},
-    "backward": {"elements": 24, "programs": 4, "stages": 2, "merge": False, "maxnreg": None},
-    "weight_grad": {"columns": 32, "rows": 64},
+    "forward": {"elements": 48, "warps": 1, "tokens": 1, "stages": 1},
+    "append": {"elements": 48, "warps": 1, "tokens": 1, "stages": 1},
+    "backward": {"elements": 48, "warps": 2, "threads": 512, "stages": 2},
+    "weight_grad": {"columns": 32, "rows": 256, "warps": 8},  # of shares: what a program adds up at once
 }
 
 
@@ -89,14 +90,13 @@ def load_weight(
 
 @triton.jit
 def cos_sin(position_ptr, frequency, DIM: tl.constexpr):
-    """Cosine and sine [DIM / 2] of a token's angles; for pointers [T, 1] to positions, [T, DIM / 2]."""
+    """Cosine and sine [DIM / 2] of a token's angles; frequency is int64, in turns times 2^64."""
     COLUMN: tl.constexpr = DIM // 2 // 3
     pair = tl.arange(0, DIM // 2)
     frame = tl.load(position_ptr)
     row = tl.load(position_ptr + 1)
     column = tl.load(position_ptr + 2)
     position = tl.where(pair < DIM // 2 - 2 * COLUMN, frame, tl.where(pair < DIM // 2 - COLUMN, row, column))
-    # frequency is int64, in turns times 2^64
     turns = ((position.to(tl.int64) * frequency) >> 32).to(tl.int32)  # in 2^-32 turns, whole turns wrapped away
     quarter = (turns + 536870912) >> 30  # the nearest quarter turn, which may wrap to -2
     angle = (turns - (quarter << 30)).to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32: within pi / 4
@@ -220,7 +220,7 @@ def _backward_rows(
     x_ptr, grad_ptr, weight_ptr, grad_x_ptr, partial_ptr, position_ptr, frequency, total, length,
     x_batch, x_token, grad_batch, grad_token, position_batch, eps,
     HEADS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, DIM: tl.constexpr, PER_HEAD: tl.constexpr,
-    WEIGHT_GRAD: tl.constexpr, STAGES: tl.constexpr, MERGE: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every P-th token of one tensor; the program's share of the weight's gradient is one row of partial [P, H * D]."""
     sum_a = tl.zeros([A, DIM], tl.float32)
@@ -236,14 +236,14 @@ def _backward_rows(
             xa, xb = load_row(x_ptr + batch * x_batch + token * x_token, HEADS, A, B, DIM)
         grad_a, grad_b = load_row(grad_ptr + batch * grad_batch + token * grad_token, HEADS, A, B, DIM)
         cos, sin = cos_sin(position_ptr + batch * position_batch + token * 3, frequency, DIM)
+        grad_a = rotate(grad_a.to(tl.float32), cos, -sin, A, DIM)
+        grad_b = grad_b.to(tl.float32)
+        if B > 0:
+            grad_b = rotate(grad_b, cos, -sin, B, DIM)
         if weight_ptr is not None:
             xa = xa.to(tl.float32)
             xb = xb.to(tl.float32)
-        if weight_ptr is not None and MERGE:
-            grad_a = rotate(grad_a.to(tl.float32), cos, -sin, A, DIM)
-            grad_b = grad_b.to(tl.float32)
-            if B > 0:
-                grad_b = rotate(grad_b, cos, -sin, B, DIM)
+            # Of x^2 and of the gradient along x.
             square_a, along_a, square_b, along_b = two_means(
                 xa * xa, grad_a * weight_a * xa, xb * xb, grad_b * weight_b * xb, HEADS, A, B, DIM, PER_HEAD
             )
@@ -256,31 +256,6 @@ def _backward_rows(
                 sum_b += grad_b * xb
             grad_a = grad_a * weight_a - xa * (along_a * rstd_a * rstd_a * rstd_a)
             grad_b = grad_b * weight_b - xb * (along_b * rstd_b * rstd_b * rstd_b)
-        if weight_ptr is not None and not MERGE:
-            square_a, square_b = mean_over_norm(xa * xa, xb * xb, HEADS, A, B, DIM, PER_HEAD)
-            rstd_a = tl.rsqrt(square_a + eps)
-            rstd_b = tl.rsqrt(square_b + eps)
-            if not PER_HEAD:
-                cos *= rstd_a
-                sin *= rstd_a
-        if weight_ptr is None or not MERGE:
-            grad_a = rotate(grad_a.to(tl.float32), cos, -sin, A, DIM)
-            grad_b = grad_b.to(tl.float32)
-            if B > 0:
-                grad_b = rotate(grad_b, cos, -sin, B, DIM)
-        if weight_ptr is not None and not MERGE:
-            if PER_HEAD:
-                grad_a *= rstd_a
-                grad_b *= rstd_b
-            # From here the gradients are those of the normalised row times rstd.
-            if WEIGHT_GRAD:
-                sum_a += grad_a * xa
-                sum_b += grad_b * xb
-            grad_a *= weight_a
-            grad_b *= weight_b
-            dot_a, dot_b = mean_over_norm(grad_a * xa, grad_b * xb, HEADS, A, B, DIM, PER_HEAD)
-            grad_a -= xa * (dot_a * rstd_a * rstd_a)
-            grad_b -= xb * (dot_b * rstd_b * rstd_b)
         store_row(grad_x_ptr + n.to(tl.int64) * (HEADS * DIM), grad_a, grad_b, HEADS, A, B, DIM)
     if WEIGHT_GRAD:
         if PER_HEAD:
@@ -298,7 +273,7 @@ def _backward_kernel(
     position_ptr, frequency_ptr, total, length, q_batch, q_token, k_batch, k_token,
     grad_q_batch, grad_q_token, grad_k_batch, grad_k_token, position_batch, eps,
     QH: tl.constexpr, QA: tl.constexpr, QB: tl.constexpr, KH: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
-    DIM: tl.constexpr, PER_HEAD: tl.constexpr, STAGES: tl.constexpr, MERGE: tl.constexpr,
+    DIM: tl.constexpr, PER_HEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs (p, 0) take queries, programs (p, 1) keys: one tensor's accumulators are enough for the registers."""
     frequency = tl.load(frequency_ptr + tl.arange(0, DIM // 2))
@@ -306,13 +281,13 @@ def _backward_kernel(
         _backward_rows(
             q_ptr, grad_q_ptr, q_weight_ptr, dq_ptr, q_partial_ptr, position_ptr, frequency, total, length,
             q_batch, q_token, grad_q_batch, grad_q_token, position_batch, eps, QH, QA, QB, DIM, PER_HEAD,
-            q_partial_ptr is not None, STAGES, MERGE,
+            q_partial_ptr is not None, STAGES,
         )  # fmt: skip
     else:
         _backward_rows(
             k_ptr, grad_k_ptr, k_weight_ptr, dk_ptr, k_partial_ptr, position_ptr, frequency, total, length,
             k_batch, k_token, grad_k_batch, grad_k_token, position_batch, eps, KH, KA, KB, DIM, PER_HEAD,
-            k_partial_ptr is not None, STAGES, MERGE,
+            k_partial_ptr is not None, STAGES,
         )  # fmt: skip
 
 
@@ -363,9 +338,15 @@ def _parts(heads: int, dim: int, warps: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=128)
 def plan(kind: str, q_heads: int, k_heads: int, dim: int) -> Plan:
-    threads = triton.cdiv(max(q_heads, k_heads) * dim, CONFIGS[kind]["elements"])
-    warps = min(16, triton.next_power_of_2(triton.cdiv(threads, 32)))
+    config = CONFIGS[kind]
+    threads = triton.cdiv(max(q_heads, k_heads) * dim, config["elements"])
+    warps = min(16, max(config["warps"], triton.next_power_of_2(triton.cdiv(threads, 32))))
     return Plan(*_parts(q_heads, dim, warps), *_parts(k_heads, dim, warps), warps)
+
+
+def backward_registers(q_heads: int, k_heads: int, dim: int) -> int | None:
+    """Most registers of a thread of the backward, so that twice as many fit; ``None`` where it holds too much."""
+    return 128 if max(q_heads, k_heads) * dim <= 24 * 32 * plan("backward", q_heads, k_heads, dim).warps else None
 
 
 def forward(
@@ -401,7 +382,9 @@ def backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     config, cut = CONFIGS["backward"], plan("backward", H, k.shape[2], D)
-    programs = min(config["programs"] * multiprocessors(q.device), B * L)
+    registers = backward_registers(H, k.shape[2], D)
+    threads = config["threads"] if registers else config["threads"] // 2
+    programs = min(max(1, threads // (64 * cut.warps)) * multiprocessors(q.device), B * L)
     if programs:  # as few as finish in the same number of rounds: their shares of the weights' gradients are added up
         programs = triton.cdiv(B * L, triton.cdiv(B * L, programs))
     shares: list[Tensor | None] = [None, None]
@@ -418,14 +401,14 @@ def backward(
                 q, k, grad_q, grad_k, packed(q_weight), packed(k_weight), dq, dk, *shares, positions,
                 frequency_table(D, theta, q.device), B * L, L, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
                 grad_q.stride(0), grad_q.stride(1), grad_k.stride(0), grad_k.stride(1), position_batch, eps,
-                H, cut.qa, cut.qb, k.shape[2], cut.ka, cut.kb, D, per_head, config["stages"], config["merge"],
-                num_warps=cut.warps, maxnreg=config["maxnreg"],
+                H, cut.qa, cut.qb, k.shape[2], cut.ka, cut.kb, D, per_head, config["stages"],
+                num_warps=cut.warps, maxnreg=registers,
             )  # fmt: skip
             widths = [0 if x is None else x.numel() for x in dweights]
             if max(widths):
-                columns, rows = CONFIGS["weight_grad"]["columns"], CONFIGS["weight_grad"]["rows"]
+                columns, rows, warps = CONFIGS["weight_grad"].values()
                 _weight_grad_kernel[(triton.cdiv(max(widths), columns), 2)](
-                    *shares, *dweights, programs, *widths, columns, rows, num_warps=4
+                    *shares, *dweights, programs, *widths, columns, rows, num_warps=warps
                 )
     dq_weight, dk_weight = (torch.empty(0, dtype=torch.float32, device=q.device) if x is None else x for x in dweights)
     return dq, dk, dq_weight, dk_weight
@@ -465,12 +448,17 @@ def aot_cases() -> Iterator[tuple]:
         shares = ("q_partial_ptr", "k_partial_ptr")
         pointers |= dict.fromkeys(shares, "fp32") if weight else {}
         constants |= absent | ({} if weight else dict.fromkeys(shares))
-        constants |= {"MERGE": CONFIGS["backward"]["merge"], "STAGES": CONFIGS["backward"]["stages"]}
+        constants |= {"STAGES": CONFIGS["backward"]["stages"]}
         strides = ("grad_q_batch", "grad_q_token", "grad_k_batch", "grad_k_token")
         signature = scalars | dict.fromkeys(strides, "i32") | {name: "*" + kind for name, kind in pointers.items()}
-        yield _backward_kernel, signature, constants, options
+        yield _backward_kernel, signature, constants, options | {"maxnreg": backward_registers(q_heads, k_heads, dim)}
 
     signature = dict.fromkeys(("q_partial_ptr", "k_partial_ptr", "q_out_ptr", "k_out_ptr"), "*fp32")
     signature |= dict.fromkeys(("rows", "q_width", "k_width"), "i32")
     config = CONFIGS["weight_grad"]
-    yield _weight_grad_kernel, signature, {"COLUMNS": config["columns"], "ROWS": config["rows"]}, {"num_warps": 4}
+    yield (
+        _weight_grad_kernel,
+        signature,
+        {"COLUMNS": config["columns"], "ROWS": config["rows"]},
+        {"num_warps": config["warps"]},
+    )

@@ -72,10 +72,21 @@ void norm_rope_rows_op(Tensor q, Tensor k, std::optional<Tensor> v, Tensor q_out
                        std::optional<Tensor> q_weight, int64_t q_weight_dtype, std::optional<Tensor> k_weight,
                        int64_t k_weight_dtype, Tensor positions, std::optional<Tensor> slots, Tensor frequencies,
                        double eps, bool per_head) {
-    const Arguments a{q, k, v, q_out, k_out, v_out, k_scale, v_scale,
+    const Arguments a{q,
+                      k,
+                      v,
+                      q_out,
+                      k_out,
+                      v_out,
+                      k_scale,
+                      v_scale,
                       Weight{pointer<const void>(q_weight), static_cast<Dtype>(q_weight_dtype)},
                       Weight{pointer<const void>(k_weight), static_cast<Dtype>(k_weight_dtype)},
-                      positions, slots, frequencies, eps, per_head};
+                      positions,
+                      slots,
+                      frequencies,
+                      eps,
+                      per_head};
     switch (q.scalar_type()) {
         case ScalarType::BFloat16:
             return run_stored<__nv_bfloat16>(a);

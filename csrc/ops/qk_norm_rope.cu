@@ -31,10 +31,20 @@ template <typename T>
 void run(const Arguments& a) {
     const int64_t length = a.q.size(1), dim = a.q.size(3);
     GradJob<T> job{};
-    job.q = {rows<const T>(a.q), rows<const T>(a.grad_q), rows<T>(a.dq), a.q_weight, pointer<float>(a.q_partial),
-             static_cast<int>(a.q.size(2) * dim / 8), static_cast<int>(a.q_blocks)};
-    job.k = {rows<const T>(a.k), rows<const T>(a.grad_k), rows<T>(a.dk), a.k_weight, pointer<float>(a.k_partial),
-             static_cast<int>(a.k.size(2) * dim / 8), static_cast<int>(a.k_blocks)};
+    job.q = {rows<const T>(a.q),
+             rows<const T>(a.grad_q),
+             rows<T>(a.dq),
+             a.q_weight,
+             pointer<float>(a.q_partial),
+             static_cast<int>(a.q.size(2) * dim / 8),
+             static_cast<int>(a.q_blocks)};
+    job.k = {rows<const T>(a.k),
+             rows<const T>(a.grad_k),
+             rows<T>(a.dk),
+             a.k_weight,
+             pointer<float>(a.k_partial),
+             static_cast<int>(a.k.size(2) * dim / 8),
+             static_cast<int>(a.k_blocks)};
     job.positions = pointer<const int32_t>(a.positions);
     job.position_batch = a.positions.dim() == 3 ? 3 * length : 0;
     job.frequencies = pointer<const int64_t>(a.frequencies);
@@ -55,11 +65,24 @@ void norm_rope_backward_op(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Ten
                            int64_t k_weight_dtype, std::optional<Tensor> q_partial, std::optional<Tensor> k_partial,
                            std::optional<Tensor> dq_weight, std::optional<Tensor> dk_weight, Tensor positions,
                            Tensor frequencies, double eps, bool per_head, int64_t q_blocks, int64_t k_blocks) {
-    const Arguments a{grad_q, grad_k, q, k, dq, dk,
+    const Arguments a{grad_q,
+                      grad_k,
+                      q,
+                      k,
+                      dq,
+                      dk,
                       Weight{pointer<const void>(q_weight), static_cast<Dtype>(q_weight_dtype)},
                       Weight{pointer<const void>(k_weight), static_cast<Dtype>(k_weight_dtype)},
-                      q_partial, k_partial, dq_weight, dk_weight, positions, frequencies, eps, per_head,
-                      q_blocks, k_blocks};
+                      q_partial,
+                      k_partial,
+                      dq_weight,
+                      dk_weight,
+                      positions,
+                      frequencies,
+                      eps,
+                      per_head,
+                      q_blocks,
+                      k_blocks};
     switch (q.scalar_type()) {
         case ScalarType::BFloat16:
             return run<__nv_bfloat16>(a);

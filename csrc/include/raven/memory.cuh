@@ -178,8 +178,8 @@ __device__ inline void store_any(void* data, int64_t index, float x, Dtype dtype
 }
 
 // Programmatic dependent launch. A kernel may become resident while the one before it still runs; it touches memory
-// only after `wait_for_previous`, when all of that one's writes are visible. Only then does it let the next one come, so
-// that no third kernel is ever resident.
+// only after `wait_for_previous`, when all of that one's writes are visible. Only then does it let the next one come,
+// so that no third kernel is ever resident.
 __device__ inline void wait_for_previous() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

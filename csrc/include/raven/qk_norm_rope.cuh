@@ -10,39 +10,13 @@
 #include <cstdint>
 
 #include "memory.cuh"
+#include "norm_rows.cuh"
 #include "rotary.cuh"
 
 namespace raven {
 
-constexpr int kMostWarps = 16;
-constexpr int kMostRowEights = 1024;                     // of a row: 8,192 channels
-constexpr size_t kSharedBytes = 227 * 1024;              // of a block, sm_90
-constexpr size_t kStaticBytes = 2048;                    // of them for frequencies and sums, and room to align
 constexpr float kE4m3Max = 448.0f;
 constexpr float kSmallestAmax = 5.421010862427522e-20f;  // 2^-64: below it the scale stays, so 448 / amax is finite
-
-// A weight [H * D], or [D] per head; null: no norm.
-struct Weight {
-    const void* data;
-    Dtype dtype;
-};
-
-// What is known when compiled: the eights of a row that a lane holds, and the warps of a team. Full: every lane has that
-// many, in q and in k, and both have one norm over the whole row.
-template <int N, int Team, bool Full>
-struct Shape {
-    static constexpr int kEights = N;
-    static constexpr int kTeam = Team;
-    static constexpr bool kFull = Full;
-    static constexpr int kStride = 32 * Team;  // eights between those of a lane
-};
-
-template <typename T>
-constexpr int kStages = sizeof(T) == 2 ? 2 : 1;  // of copies
-
-// Shared memory of one row in one warp.
-template <typename T, typename S>
-constexpr int kRowBytes = S::kEights * 32 * sizeof(Eight<T>);
 
 template <typename T, typename Stored>
 struct RowJob {
@@ -62,39 +36,6 @@ struct RowJob {
     float eps;
 };
 
-__device__ inline float sum_lanes(float x, int lanes) {
-    for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
-}
-
-__device__ inline float2 sum_warp(float2 x) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) {
-        x.x += __shfl_xor_sync(0xffffffffu, x.x, step);
-        x.y += __shfl_xor_sync(0xffffffffu, x.y, step);
-    }
-    return x;
-}
-
-// Sums over the team, in the order of its warps. Two sets of cells in turn: one barrier is enough.
-template <int Team>
-__device__ inline float2 sum_team(float2 x, float2 (*cells)[kMostWarps], int warp, uint32_t parity) {
-    x = sum_warp(x);
-    if constexpr (Team > 1) {
-        float2* mine = cells[parity];
-        if (threadIdx.x % 32 == 0) mine[warp] = x;
-        asm volatile("bar.sync %0, %1;" ::"r"(warp / Team + 1), "n"(32 * Team) : "memory");
-        x = make_float2(0.0f, 0.0f);
-#pragma unroll
-        for (int i = 0; i < Team; ++i) {
-            const float2 other = mine[warp / Team * Team + i];
-            x.x += other.x;
-            x.y += other.y;
-        }
-    }
-    return x;
-}
-
 // The larger of two magnitudes; a NaN stays one.
 __device__ inline float larger(float x, float y) {
     float z;
@@ -102,91 +43,10 @@ __device__ inline float larger(float x, float y) {
     return z;
 }
 
-// A float32 copy of a weight in shared memory, the first and the second half of each eight apart: 16 neighbouring bytes
-// for neighbouring lanes.
-struct StagedWeight {
-    Weight weight;
-    int eights;
-    float4* shared;
-
-    __device__ void load(int eight, float (&x)[8]) const {
-        if (weight.data != nullptr && eight < eights) load_any(weight.data, eight, weight.dtype, x);
-    }
-    __device__ void store(int eight, const float (&x)[8]) const {
-        if (weight.data == nullptr || eight >= eights) return;
-        shared[eight] = make_float4(x[0], x[1], x[2], x[3]);
-        shared[eights + eight] = make_float4(x[4], x[5], x[6], x[7]);
-    }
-    __device__ float4* end() const { return shared + (weight.data == nullptr ? 0 : 2 * eights); }
-};
-
-// Both weights at a time: a block waits once.
-__device__ inline void stage_weights(const StagedWeight& a, const StagedWeight& b) {
-    for (int i = threadIdx.x; i < a.eights || i < b.eights; i += blockDim.x) {
-        float x[8], y[8];
-        a.load(i, x);
-        b.load(i, y);
-        a.store(i, x);
-        b.store(i, y);
-    }
-}
-
-// This lane's eights of a row, from p (its first) into shared memory; `left` counts the row's eights from there.
-template <typename T, typename S>
-__device__ inline void fetch_row(uint32_t shared, const T* p, int left) {
-    constexpr int kParts = sizeof(T) / 2;
-#pragma unroll
-    for (int i = 0; i < S::kEights; ++i) {
-        if (S::kFull || i * S::kStride < left) {
-#pragma unroll
-            for (int part = 0; part < kParts; ++part) {
-                copy16(shared + (i * kParts + part) * 512, p + i * S::kStride * 8 + part * (8 / kParts));
-            }
-        }
-    }
-}
-
-// An eight that was fetched; kAgain: read it again rather than keep it in registers from an earlier time.
-template <typename T, bool kAgain = false>
-__device__ inline Eight<T> fetched(const uint4* row, int i) {
-    constexpr int kParts = sizeof(T) / 2;
-    Eight<T> x;
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-        const uint4* p = row + (i * kParts + part) * 32;
-        x.part[part] = kAgain ? read16(p) : *p;
-    }
-    return x;
-}
-
-// Where a lane finds the weight of its eights; null: no norm.
-template <typename S>
-struct WeightView {
-    const float4* data;
-    int half, step;  // from the first to the second half of an eight, and to the lane's next eight
-
-    __device__ WeightView(const float4* shared, const Weight& weight, int eights, int first, int head_lanes,
-                          bool per_head) {
-        data = weight.data == nullptr ? nullptr : shared + (per_head ? first % head_lanes : first);
-        half = per_head ? head_lanes : eights;
-        step = per_head ? 0 : S::kStride;
-    }
-
-    template <bool kAgain = false>
-    __device__ void read(int i, float (&w)[8]) const {
-        const float4* p = data + i * (S::kFull ? S::kStride : step);
-        const float4* q = p + (S::kFull ? S::kEights * S::kStride : half);
-        Eight<float> x;
-        x.part[0] = kAgain ? read16(p) : *reinterpret_cast<const uint4*>(p);
-        x.part[1] = kAgain ? read16(q) : *reinterpret_cast<const uint4*>(q);
-        unpack(x, w);
-    }
-};
-
 // Sum of squares of the lane's eights; per head `rstd` of each.
 template <typename T, typename S>
-__device__ inline float sum_squares(const uint4* row, int left, bool per_head, int head_lanes, float share,
-                                    float eps,                                     float (&rstd)[S::kEights]) {
+__device__ inline float sum_squares(const uint4* row, int left, bool per_head, int head_lanes, float share, float eps,
+                                    float (&rstd)[S::kEights]) {
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < S::kEights; ++i) {
@@ -206,8 +66,7 @@ __device__ inline float sum_squares(const uint4* row, int left, bool per_head, i
     }
     if (per_head) {
 #pragma unroll
-        for (int i = 0; i < S::kEights; ++i)
-            rstd[i] = rsqrtf(sum_lanes(rstd[i], head_lanes) * share + eps);
+        for (int i = 0; i < S::kEights; ++i) rstd[i] = rsqrtf(sum_lanes(rstd[i], head_lanes) * share + eps);
     }
     return sum;
 }
@@ -233,9 +92,9 @@ __device__ inline void store_channels(__nv_fp8_e4m3* p, float* scale, const floa
 
 // Norm, rotate and write one row. cos and sin have the norm's factor in them, except per head.
 template <typename T, typename Stored, typename S>
-__device__ inline void finish_row(const uint4* row, const WeightView<S>& weight, const float (&cos)[4], const float (&sin)[4],
-                                  bool per_head, const float (&rstd)[S::kEights], Stored* out, float* scale, int left,
-                                  int head_lanes, int head_shift) {
+__device__ inline void finish_row(const uint4* row, const WeightView<S>& weight, const float (&cos)[4],
+                                  const float (&sin)[4], bool per_head, const float (&rstd)[S::kEights], Stored* out,
+                                  float* scale, int left, int head_lanes, int head_shift) {
 #pragma unroll
     for (int i = 0; i < S::kEights; ++i) {
         const bool present = S::kFull || i * S::kStride < left;
@@ -367,23 +226,6 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) norm_rope_rows(const __gri
     }
 }
 
-inline size_t weight_bytes(const Weight& weight, int eights, int dim, bool per_head) {
-    return weight.data == nullptr ? 0 : static_cast<size_t>(per_head ? dim / 8 : eights) * 32;
-}
-
-inline cudaError_t multiprocessors(int& count) {
-    int device = 0;
-    const auto status = cudaGetDevice(&device);
-    return status != cudaSuccess ? status : cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-}
-
-// Warps of each of `blocks` blocks: no more than `most`, and no more than finish `rows` in the same number of rounds.
-inline int balanced_warps(int64_t rows, int64_t blocks, int team, int most) {
-    const int64_t teams = most / team;
-    const int64_t rounds = (rows + blocks * teams - 1) / (blocks * teams);
-    return static_cast<int>((rows + blocks * rounds - 1) / (blocks * rounds)) * team;
-}
-
 template <typename S, typename T, typename Stored>
 cudaError_t launch_rows_of(const RowJob<T, Stored>& job, cudaStream_t stream) {
     int sms = 0;
@@ -399,47 +241,12 @@ cudaError_t launch_rows_of(const RowJob<T, Stored>& job, cudaStream_t stream) {
     return launch_overlapped(norm_rope_rows<T, Stored, S>, blocks, 32 * warps, weights + warps * bytes, stream, job);
 }
 
-// Calls f with the shape for rows of q_eights and k_eights, at most kMost of them in a lane. Widths of common models fit
-// their shape exactly; others, and norms that are not over whole rows, take one with room to spare.
-template <typename T, int kMost, typename F>
-cudaError_t with_shape(int q_eights, int k_eights, bool one_norm, F f) {
-    constexpr bool kWide = kMost >= 6;
-    const int eights = q_eights > k_eights ? q_eights : k_eights;
-    if constexpr (sizeof(T) == 2) {
-        if (q_eights == k_eights && one_norm) {
-            switch (eights) {
-                case 128:
-                    return f(Shape<4, 1, true>{});
-                case 192:
-                    return f(Shape<kWide ? 6 : 3, kWide ? 1 : 2, true>{});
-                case 256:
-                    return f(Shape<4, 2, true>{});
-                case 384:
-                    return f(Shape<kWide ? 6 : 3, kWide ? 2 : 4, true>{});
-                case 512:
-                    return f(Shape<4, 4, true>{});
-                case 640:
-                    return f(Shape<5, 4, true>{});
-                case 768:
-                    return f(Shape<kWide ? 6 : 3, kWide ? 4 : 8, true>{});
-            }
-        }
-    }
-    constexpr int N = kWide && sizeof(T) == 2 ? 6 : 4;
-    if (eights <= 64) return f(Shape<2, 1, false>{});
-    if (eights <= 32 * N) return f(Shape<N, 1, false>{});
-    if (eights <= 64 * N) return f(Shape<N, 2, false>{});
-    if (eights <= 128 * N) return f(Shape<N, 4, false>{});
-    if (eights <= kMostRowEights) return f(Shape<4, 8, false>{});
-    return cudaErrorInvalidValue;
-}
-
 // Queues the job; rows are 16-byte aligned, of at most kMostRowEights eights, and total is below 2^30.
 template <typename T, typename Stored>
 cudaError_t launch_rows(const RowJob<T, Stored>& job, cudaStream_t stream) {
     const bool one_norm = !job.per_head && job.q_weight.data != nullptr && job.k_weight.data != nullptr;
     return with_shape<T, 6>(job.q_eights, job.k_eights, one_norm,
-                         [&](auto shape) { return launch_rows_of<decltype(shape)>(job, stream); });
+                            [&](auto shape) { return launch_rows_of<decltype(shape)>(job, stream); });
 }
 
 }  // namespace raven

@@ -6,7 +6,11 @@
 // row. The second launch adds those rows, in order.
 #pragma once
 
-#include "qk_norm_rope.cuh"
+#include <cstdint>
+
+#include "memory.cuh"
+#include "norm_rows.cuh"
+#include "rotary.cuh"
 
 namespace raven {
 
@@ -56,8 +60,8 @@ __global__ void __launch_bounds__(32 * kMostGradWarps, 1) norm_rope_backward(con
     const bool per_head = !S::kFull && job.per_head;
     // A warp's stages: the row and its gradient, each [eight][part][lane].
     auto* const mine = reinterpret_cast<unsigned char*>(shared) + warp * kStages<T> * 2 * kRow + 16 * lane;
-    auto* const weights = reinterpret_cast<float4*>(reinterpret_cast<unsigned char*>(shared) +
-                                                   blockDim.x / 32 * kStages<T> * 2 * kRow);
+    auto* const weights =
+        reinterpret_cast<float4*>(reinterpret_cast<unsigned char*>(shared) + blockDim.x / 32 * kStages<T> * 2 * kRow);
 
     wait_for_previous();
     const auto batch_of = [&](uint32_t n) { return job.total == job.length ? 0u : n / job.length; };
@@ -256,9 +260,8 @@ template <typename T>
 cudaError_t launch_backward(const GradJob<T>& job, const PartialSums& q_sum, const PartialSums& k_sum,
                             cudaStream_t stream) {
     const bool one_norm = !job.per_head && job.q.weight.data != nullptr && job.k.weight.data != nullptr;
-    const auto status = with_shape<T, 5>(job.q.eights, job.k.eights, one_norm, [&](auto shape) {
-        return launch_backward_of<decltype(shape)>(job, stream);
-    });
+    const auto status = with_shape<T, 5>(job.q.eights, job.k.eights, one_norm,
+                                         [&](auto shape) { return launch_backward_of<decltype(shape)>(job, stream); });
     const auto tiles = [](const PartialSums& s) { return s.partial == nullptr ? 0u : (s.width + 31u) / 32u; };
     const unsigned blocks = tiles(q_sum) + tiles(k_sum);
     if (status != cudaSuccess || blocks == 0) return status;
