@@ -162,11 +162,20 @@ inline cudaError_t multiprocessors(int& count) {
     return status != cudaSuccess ? status : cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
 }
 
-// Warps of each of `blocks` blocks: no more than `most`, and no more than finish `rows` in the same number of rounds.
+// Warps of each of `blocks` blocks, at most `most`: as many as share the rows evenly. Up to a quarter of them are given
+// up where the last round would leave more than one in fifty idle.
 inline int balanced_warps(int64_t rows, int64_t blocks, int team, int most) {
-    const int64_t teams = most / team;
-    const int64_t rounds = (rows + blocks * teams - 1) / (blocks * teams);
-    return static_cast<int>((rows + blocks * rounds - 1) / (blocks * rounds)) * team;
+    const int64_t share = (rows + blocks - 1) / blocks;  // of a block
+    int64_t chosen = 0, least = 0;
+    for (int64_t teams = most / team; 4 * teams >= 3 * (most / team); --teams) {
+        const int64_t rounds = (share + teams - 1) / teams;
+        const int64_t even = (share + rounds - 1) / rounds;
+        if (chosen == 0 || 50 * rounds * even < 49 * least) {
+            chosen = even;
+            least = rounds * even;
+        }
+    }
+    return static_cast<int>(chosen) * team;
 }
 
 // Calls f with the shape for rows of q_eights and k_eights, at most kMost of them in a lane. Widths of common models

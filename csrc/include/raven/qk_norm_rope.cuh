@@ -245,6 +245,12 @@ cudaError_t launch_rows_of(const RowJob<T, Stored>& job, cudaStream_t stream) {
 template <typename T, typename Stored>
 cudaError_t launch_rows(const RowJob<T, Stored>& job, cudaStream_t stream) {
     const bool one_norm = !job.per_head && job.q_weight.data != nullptr && job.k_weight.data != nullptr;
+    // Scales take work: two warps a token, so that more warps have room for their rows. The others share one shape, and
+    // kv_append gives the bits of qk_norm_rope.
+    if constexpr (sizeof(T) == 2 && sizeof(Stored) == 1) {
+        if (one_norm && job.q_eights == 192 && job.k_eights == 192)
+            return launch_rows_of<Shape<3, 2, true>>(job, stream);
+    }
     return with_shape<T, 6>(job.q_eights, job.k_eights, one_norm,
                             [&](auto shape) { return launch_rows_of<decltype(shape)>(job, stream); });
 }
