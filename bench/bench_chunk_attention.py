@@ -81,7 +81,7 @@ LENGTHS = {f"dense-{frames * FRAME}": _dense(frames, curve_only=True) for frames
 }
 DECODE = {
     "decode-4680x4680": Job(partial(Spans.full, CHUNK, CHUNK), cudnn=True, others=True),
-    "decode-4680x32760": Job(partial(Spans.full, CHUNK, 7 * CHUNK), cudnn=True, others=True),
+    "decode-4680x32760": Job(partial(Spans.full, CHUNK, 7 * CHUNK), flex=True, cudnn=True, others=True),
     "decode-4680x98280": Job(partial(Spans.full, CHUNK, 21 * CHUNK), cudnn=True, others=True),
 }
 
@@ -206,7 +206,8 @@ class Case:
             if name in PEERS:
                 self._peers[key] = PEERS[name](*(x.detach()[0] for x in self.inputs), self.spans, key[1])
             else:
-                options = {"block_mask": _block_mask(self.layout)} if name == "flex" else {}
+                masked = name == "flex" and isinstance(self.layout, ChunkLayout)
+                options = {"block_mask": _block_mask(self.layout)} if masked else {}
                 self._peers[key] = InTorch(self.inputs, _compiled_flex() if name == "flex" else _cudnn, options)
         return self._peers[key]
 
