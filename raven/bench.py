@@ -11,10 +11,11 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_report(read_results(args.table)))
         return 0
     files = bench_files(find_folder(args.folder), args.ops)
-    results, failed = _run(files, args.keyword, args.peers)
-    if not results["rows"]:
+    path, failed, parts = Path(args.output) if args.output else None, [], []
+    for part, failure in _run(files, args.keyword, args.peers):
+        parts += [part] * (part is not None)
+        failed += [failure] * (failure is not None)
+        results = merge_results(parts)
+        if results["rows"]:  # after every bench, so that whatever ends the run leaves the rows before it
+            path = path or _default_path(files[0].parent, results)
+            write_results(results, path)
+    if not parts or not results["rows"]:
         print("no rows: no bench ran to its end", file=sys.stderr)
         return 1
-    path = Path(args.output) if args.output else _default_path(files[0].parent, results)
-    write_results(results, path)
     print(_report(results))
     print(f"\nwritten to {path}")
     pictures = plot_results(results, path)
@@ -85,9 +91,11 @@ def bench_files(folder: Path, ops: Sequence[str] = ()) -> list[Path]:
     return [found[op] for op in (ops or found)]
 
 
-def _run(files: Sequence[Path], keyword: str | None, peers: bool) -> tuple[dict[str, Any], list[str]]:
-    """One process per file: an illegal memory access in one leaves the others their rows."""
-    parts, failed = [], []
+def _run(files: Sequence[Path], keyword: str | None, peers: bool) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
+    """Per file its results and, if it failed, its name; an interruption ends the run after what was measured.
+
+    One process per file: an illegal memory access in one leaves the others their rows.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         for file in files:
             part = Path(scratch) / f"{file.stem}.json"
@@ -95,12 +103,25 @@ def _run(files: Sequence[Path], keyword: str | None, peers: bool) -> tuple[dict[
             command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(file.parent), str(file)]
             command += ["-q", "--no-header", "-p", "no:cacheprovider", "--benchmark-disable", "--raven-json", str(part)]
             command += ["-k", keyword] if keyword else []
-            code = subprocess.run(command + ["--raven-peers"] * peers).returncode
-            if code not in (0, _NOTHING_COLLECTED):
-                failed.append(file.stem)
-            if part.exists():
-                parts.append(read_results(part))
-    return merge_results(parts), failed
+            process, interrupted = subprocess.Popen(command + ["--raven-peers"] * peers), False
+            try:
+                code = process.wait()
+            except KeyboardInterrupt:
+                interrupted, code = True, _stop(process)
+            failed = interrupted or code not in (0, _NOTHING_COLLECTED)
+            yield read_results(part) if part.exists() else None, file.stem if failed else None
+            if interrupted:
+                return
+
+
+def _stop(process: subprocess.Popen) -> int:
+    """Interrupt a bench, which then saves the rows it has."""
+    process.send_signal(signal.SIGINT)
+    try:
+        return process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def merge_results(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

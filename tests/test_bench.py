@@ -3,7 +3,11 @@
 import importlib
 import importlib.util
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -272,6 +276,37 @@ def test_wrong(bench):
     bench.row(op="add", case="b", direction="forward", backend="reference", unit="TB/s", work=8.0,
               check=check, run=lambda: 1 + 1)
 """
+
+
+SLOW_BENCH = """
+import time
+from pathlib import Path
+
+def test_first(bench):
+    bench.row(op="sleep", case="quick", direction="forward", backend="reference", unit="TB/s", work=8.0,
+              check=lambda: None, run=lambda: 1 + 1)
+
+def test_second(bench):
+    Path(__file__).with_name("started").touch()
+    time.sleep(120)
+"""
+
+
+def test_an_interrupted_run_keeps_its_rows(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    for name in ("conftest.py", "harness.py"):
+        (tmp_path / name).write_text((BENCH / name).read_text())
+    (tmp_path / "bench_add.py").write_text(SMALL_BENCH)
+    (tmp_path / "bench_sleep.py").write_text(SLOW_BENCH)
+    output = tmp_path / "run.json"
+    command = [sys.executable, "-m", "raven.cli", "bench", "--folder", str(tmp_path), "--output", str(output)]
+    process = subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)  # to the command alone, as `timeout` does; Ctrl-C reaches the bench as well
+    assert process.wait(timeout=60) == 1
+    assert [row["case"] for row in json.loads(output.read_text())["rows"]] == ["a", "quick"]
 
 
 def test_command_runs_benches(tmp_path, capsys, monkeypatch):
