@@ -174,7 +174,7 @@ def compile_unit(unit: Unit, nvcc: Nvcc, torch: Torch, flags: list[str]) -> bool
     included = _own_files(depends.read_text())
     shutil.rmtree(keep)
     record = {"key": key, "source": _digest(unit.source), "files": {str(path): _digest(path) for path in included}}
-    if all((ROOT / path).stat().st_mtime < started for path in (unit.source, *included)):  # or it was edited meanwhile
+    if all((ROOT / path).stat().st_mtime <= started for path in (unit.source, *included)):  # or it was edited meanwhile
         unit.record.write_text(json.dumps(record, indent=1))
     return True
 
