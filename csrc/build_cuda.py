@@ -75,7 +75,7 @@ class Unit:
 
 def archs(environ: Mapping[str, str] = os.environ) -> list[str]:
     """``RAVEN_CUDA_ARCHS``, separated by ``;`` or ``,`` or spaces; what this machine has plays no role."""
-    names = re.split(r"[;,\s]+", environ.get("RAVEN_CUDA_ARCHS", "").strip()) or []
+    names = re.split(r"[;,\s]+", environ.get("RAVEN_CUDA_ARCHS", "").strip())
     names = [name.removeprefix("sm_") for name in names if name] or FLAGS["default_archs"]
     for name in names:
         if name not in FLAGS["archs"]:

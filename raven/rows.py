@@ -1,4 +1,4 @@
-"""What the compiled kernels of norm and rotary take: packed rows, packed positions, frequencies in fixed point."""
+"""What the GPU kernels of norm and rotary take: packed rows, packed positions, frequencies in fixed point."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from raven.graphs import held_by_graphs
 from raven.reference.qk_norm_rope import frequencies
 
 
-@lru_cache(maxsize=32)
 def frequency_table(dim: int, theta: float, device: torch.device) -> Tensor:
     """Turns per unit of position of each pair, times 2^64 and modulo 2^64, int64 [dim / 2].
 
     Built on first use, so a CUDA graph is captured after one call outside of it.
     """
+    return held_by_graphs(_frequency_table(dim, theta, device))
+
+
+@lru_cache(maxsize=32)
+def _frequency_table(dim: int, theta: float, device: torch.device) -> Tensor:
     turns = (int(f / (2 * math.pi) * 2.0**64) % 2**64 for f in frequencies(dim, theta))
     with torch.inference_mode(False):
         return torch.tensor([t - 2**64 if t >= 2**63 else t for t in turns], dtype=torch.int64, device=device)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import raven
+from raven import backends
 from raven.layout import ChunkLayout
 from raven.ops import chunk_attention
 from raven.reference.chunk_attention import dense_attention
@@ -287,6 +288,20 @@ def test_empty(shape):
     assert Lk or (lse == float("-inf")).all()
     for x, grad in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
         assert grad.shape == x.shape and (B and Lq and Lk or (grad == 0).all())
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_empty_tensors_reach_no_kernel(backend, monkeypatch):
+    """A GPU backend, without a GPU: nothing may be launched on a tensor without elements."""
+    monkeypatch.setattr(backends, "select", lambda *_: backend)
+    for B, Lq, Lk, H in ((0, 7, 7, 2), (2, 0, 7, 2), (2, 7, 0, 2), (2, 7, 7, 0)):
+        q, k, v = (torch.randn(B, n, h, 64, requires_grad=True) for n, h in ((Lq, H), (Lk, 1), (Lk, 1)))
+        with poisoned_memory():
+            out, lse = chunk_attention(q, k, v, Spans.full(Lq, Lk), return_lse=True)
+            grads = torch.autograd.grad((out.sum(), lse.sum()), (q, k, v))
+        assert (out == 0).all() and (lse == float("-inf")).all()
+        for x, grad in zip((q, k, v), grads, strict=True):
+            assert grad.shape == x.shape and (grad == 0).all()
 
 
 def test_no_heads():

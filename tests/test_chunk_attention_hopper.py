@@ -37,7 +37,6 @@ def test_says_why_the_portable_kernel_runs(monkeypatch, fresh):
 
     assert "float32" in reason(1, 3, 1, 64, dtype=torch.float32)
     assert "head_dim 96" in reason(1, 3, 1, 96)
-    assert "no keys" in reason(1, 0, 1, 64)
     assert "on cpu" in reason(1, 3, 1, 64)
     told = {None: "not installed", "3.5.1": "got 3.5.1", "4.0.0+git": "got 4.0.0", "main": "got main"}
     for version in told:

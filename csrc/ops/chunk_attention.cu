@@ -43,9 +43,8 @@ void chunk_attention_forward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor ls
 
 STABLE_TORCH_LIBRARY_FRAGMENT(raven_cuda, m) {
     m.def(
-        "chunk_attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, Tensor work, Tensor "
-        "steps, "
-        "int slots, Tensor(c!) counters, Tensor(d!) workspace, float scale, int sms) -> ()");
+        "chunk_attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, Tensor work, "
+        "Tensor steps, int slots, Tensor(c!) counters, Tensor(d!) workspace, float scale, int sms) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(raven_cuda, CUDA, m) {

@@ -38,14 +38,14 @@ void scale_gradient_op(Tensor grad, Tensor gradient, std::optional<Tensor> borde
 
 STABLE_TORCH_LIBRARY_FRAGMENT(raven_cuda, m) {
     m.def(
-        "gaussian_log_prob_forward(Tensor v, Tensor x_t, Tensor x_s, Tensor? t, float t_value, Tensor? s, float "
-        "s_value, "
-        "Tensor? borders, int channels, int frames, int chunks, int piece, int splits, Tensor(a!) partial, "
+        "gaussian_log_prob_forward(Tensor v, Tensor x_t, Tensor x_s, Tensor? t, float t_value, Tensor? s, "
+        "float s_value, Tensor? borders, int channels, int frames, int chunks, int piece, int splits, Tensor(a!) "
+        "partial, "
         "Tensor(b!) counters, Tensor(c!) out, Tensor(d!)? d_v) -> ()");
     m.def(
-        "gaussian_log_prob_backward(Tensor grad, Tensor v, Tensor x_t, Tensor x_s, Tensor? t, float t_value, Tensor? "
-        "s, "
-        "float s_value, Tensor? borders, int channels, int frames, int chunks, int piece, int splits, Tensor(a!)? d_v, "
+        "gaussian_log_prob_backward(Tensor grad, Tensor v, Tensor x_t, Tensor x_s, Tensor? t, float t_value, "
+        "Tensor? s, float s_value, Tensor? borders, int channels, int frames, int chunks, int piece, int splits, "
+        "Tensor(a!)? d_v, "
         "Tensor(b!)? d_x_t, Tensor(c!)? d_x_s) -> ()");
     m.def(
         "gaussian_step_scale_gradient(Tensor grad, Tensor gradient, Tensor? borders, int channels, int frames, "

@@ -8,23 +8,29 @@ import numpy as np
 import torch
 
 from raven import native
-from raven.ops._device_lists import held_by_graphs
+from raven.graphs import held_by_graphs
 from raven.planner import plan
+from raven.rows import multiprocessors
 from raven.worklist.forward import forward_work
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)
-ROWS = 128  # query rows of a tile, as in the kernel
-KEYS = 128  # keys of a step, as in the kernel
+ROWS = 128  # query rows of a tile, as in the kernels
+KEYS = 128  # keys of a step, as in the kernels
 
 
 def reason(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why the compiled kernels cannot run on these tensors, or ``None``."""
+    return tile_reason(q) or native.reason(q, k, v)
+
+
+def tile_reason(q: torch.Tensor) -> str | None:
+    """Why no Hopper kernel, compiled or Gluon, has tiles for such tensors, or ``None``."""
     if q.dtype not in DTYPES:
         return f"dtype {q.dtype} is not one of bfloat16, float16"
     if q.shape[-1] not in HEAD_DIMS:
         return f"head_dim {q.shape[-1]} is not one of {HEAD_DIMS}"
-    return native.reason(q, k, v)
+    return None
 
 
 def copyable(x: torch.Tensor) -> torch.Tensor:
@@ -52,20 +58,14 @@ def _forward_work(
     return DeviceWork(made.work, made.steps, made.slots, device)
 
 
-@lru_cache
-def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def forward(q, k, v, out, lse, spans, scale: float) -> None:
-    """Fill ``out [B, Lq, H, D]`` and ``lse [B, H, Lq]`` (both contiguous) for every query of the spans."""
+    """Fill ``out [B, Lq, H, D]`` and ``lse [B, H, Lq]`` (contiguous) for the queries of the spans; nothing is empty."""
     B, _, H, D = q.shape
-    group = H // k.shape[2] if k.shape[2] else 1
+    group = H // k.shape[2]
     head_bytes = 2 * k.shape[1] * D * q.element_size()
     ranges = tuple(x.numpy().tobytes() for x in spans)
     device_work = held_by_graphs(_forward_work(ranges, H, group, head_bytes, q.device))
-    if not (len(device_work.work) and B):
+    if not len(device_work.work):
         return
     q, k, v = (copyable(x) for x in (q, k, v))
     slots = device_work.slots

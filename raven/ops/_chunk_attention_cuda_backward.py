@@ -7,8 +7,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from raven.ops._chunk_attention_cuda import copyable, multiprocessors
-from raven.ops._device_lists import held_by_graphs
+from raven.graphs import held_by_graphs
+from raven.ops._chunk_attention_cuda import copyable
+from raven.rows import multiprocessors
 from raven.worklist.backward import plan_backward
 
 ROWS = {64: 128, 128: 80}  # query rows of a tile, by head_dim

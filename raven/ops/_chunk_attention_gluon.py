@@ -10,26 +10,19 @@ import numpy as np
 import torch
 
 from raven import backends
-from raven.ops._chunk_attention_cuda import copyable, multiprocessors
-from raven.ops._device_lists import held_by_graphs
+from raven.graphs import held_by_graphs
+from raven.ops._chunk_attention_cuda import KEYS, ROWS, copyable, tile_reason
 from raven.planner import plan
+from raven.rows import multiprocessors
 from raven.worklist.forward import forward_work
 
 CHECKED = ((3, 6),)  # releases of Triton whose Gluon ran this kernel's tests on a GPU
-DTYPES = (torch.bfloat16, torch.float16)
-HEAD_DIMS = (64, 128)
-ROWS = 128  # query rows of a tile
-KEYS = 128  # keys of a step
 
 
 def reason(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why the Triton backend runs its portable forward kernel on these tensors, or ``None`` if it runs Hopper's."""
-    if q.dtype not in DTYPES:
-        return f"dtype {q.dtype} is not one of bfloat16, float16"
-    if q.shape[-1] not in HEAD_DIMS:
-        return f"head_dim {q.shape[-1]} is not one of {HEAD_DIMS}"
-    if k.numel() == 0:
-        return "there are no keys"
+    if missing := tile_reason(q):
+        return missing
     if not q.is_cuda:
         return f"the tensors are on {q.device.type}"
     if backends.interpreting():
@@ -87,7 +80,7 @@ def _device_work(
 
 
 def forward(q, k, v, out, lse, spans, scale: float) -> None:
-    """Fill ``out [B, Lq, H, D]`` and ``lse [B, H, Lq]`` (both contiguous) for every query of the spans."""
+    """Fill ``out [B, Lq, H, D]`` and ``lse [B, H, Lq]`` (contiguous) for the queries of the spans; nothing is empty."""
     from raven.kernels import chunk_attention as portable
     from raven.kernels import chunk_attention_hopper as hopper
 
@@ -95,7 +88,7 @@ def forward(q, k, v, out, lse, spans, scale: float) -> None:
     ranges = tuple(x.numpy().tobytes() for x in spans)
     head_bytes = 2 * k.shape[1] * D * k.element_size()
     device_work = held_by_graphs(_device_work(ranges, H, H // k.shape[2], head_bytes, q.device))
-    if not (len(device_work.work) and B):
+    if not len(device_work.work):
         return
     q, k, v = (copyable(x) for x in (q, k, v))
     parts = torch.empty((B, device_work.slots, ROWS, D), dtype=torch.float32, device=q.device)

@@ -11,10 +11,10 @@ import torch
 
 from raven import backends
 from raven.errors import check_dtype, check_no_tangent, check_same_device, check_shape
+from raven.graphs import held_by_graphs
 from raven.ops import _chunk_attention_cuda as cuda
 from raven.ops import _chunk_attention_cuda_backward as cuda_backward
 from raven.ops import _chunk_attention_gluon as gluon
-from raven.ops._device_lists import held_by_graphs
 from raven.planner import TilePlan, plan, transpose
 from raven.reference import chunk_attention as reference
 
@@ -46,8 +46,10 @@ def chunk_attention(
             (float64 for float64 inputs).
 
     Returns:
-        ``out`` like q, or ``(out, lse)``. A query that sees no key gives 0 and ``-inf``. The forward pass uses no
-        atomics: an input gives the same bits alone, in a batch and from run to run.
+        ``out`` like q, or ``(out, lse)``. A query that sees no key gives 0 and ``-inf``. No sum of the
+        forward pass is by atomics: an input gives the same bits alone, in a batch and from run to run. On
+        the backend cuda the gradient of q may differ in its last bits from run to run, unless
+        ``torch.use_deterministic_algorithms(True)`` is set; no other gradient does.
 
     Raises:
         ValueError: shapes, devices, or a layout that does not fit them.
@@ -107,11 +109,13 @@ def _chunk_attention(
             return reference.chunk_attention_forward(q, k, v, q_ranges, kv_indptr, kv_ranges, scale)
 
     # Kernels write only the rows of query ranges; the rest of an incomplete cover must still be defined.
-    complete = _covered(q_ranges) == q.shape[1]
+    complete = _covered(q_ranges) == q.shape[1] and k.numel() > 0
     out = (torch.empty if complete else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     if not complete:
         lse.fill_(float("-inf"))
+    if not (q.numel() and k.numel()):
+        return out, lse
     if backend == "cuda":
         with torch.cuda.device_of(q):
             cuda.forward(q, k, v, out, lse, (q_ranges, kv_indptr, kv_ranges), scale)
@@ -154,6 +158,8 @@ def _chunk_attention_backward(
     if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):
             return reference.chunk_attention_backward(grad_out, grad_lse, q, k, v, out, lse, *spans, scale)
+    if not (q.numel() and k.numel()):
+        return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if backend == "cuda":
         with torch.cuda.device_of(q):
             return cuda_backward.backward(grad_out, grad_lse, q, k, v, out, lse, spans, scale)

@@ -15,6 +15,7 @@ import torch
 
 from raven import backends, native
 from raven.errors import check_dtype, check_level, check_same_device, check_shape
+from raven.graphs import held_by_graphs
 from raven.schedule import Level, check_chunk_frames, compute_dtype, level_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -156,14 +157,16 @@ def plan(shape: torch.Size, chunks: Chunks) -> Plan:
     return Plan(tuple(out), (channels, frames, count, piece, splits), rows, rows * channels * splits, elements)
 
 
-@lru_cache(maxsize=256)
 def borders(chunks: Chunks, device: torch.device) -> torch.Tensor | None:
     """First frame of every chunk and the end, int32 on the device; equal chunks need none.
 
     Built on first use, so a CUDA graph is captured after one call outside of it.
     """
-    if chunks is None or min(chunks) == max(chunks):
-        return None
+    return None if chunks is None or min(chunks) == max(chunks) else held_by_graphs(_borders(chunks, device))
+
+
+@lru_cache(maxsize=256)
+def _borders(chunks: tuple[int, ...], device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):
         return torch.tensor([sum(chunks[:n]) for n in range(len(chunks) + 1)], dtype=torch.int32, device=device)
 
@@ -182,6 +185,8 @@ def workspace(device: torch.device, cells: int, counters: int, keep: bool) -> tu
     key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
     found = _workspaces.get(key)
     if found is None or found[0].numel() < cells or found[1].numel() < counters:
+        if len(_workspaces) >= 256:  # streams come and go; what is freed goes back to the stream that used it
+            _workspaces.clear()
         found = _workspaces[key] = _new_workspace(device, max(cells, 2**15), max(counters, 2**12))
     return found
 

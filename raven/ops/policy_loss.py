@@ -10,6 +10,7 @@ import torch
 
 from raven import backends
 from raven.errors import check_dtype, check_no_tangent, check_same_device, check_shape
+from raven.graphs import held_by_graphs
 from raven.ops import gaussian_step as step
 from raven.reference import policy_loss as reference
 from raven.schedule import Level, compute_dtype
@@ -115,7 +116,7 @@ def _run(backend, v, x_t, x_s, t, s, advantages, weights, scale, chunks, need, k
         return *zeros, gradient
     loss = torch.empty((), dtype=torch.float32, device=device)
     log_prob = torch.empty(plan.shape, dtype=torch.float32, device=device)
-    per_element = _per_element(weights, plan.elements, device)
+    per_element = held_by_graphs(_per_element(weights, plan.elements, device))
     if backend == "triton":
         from raven.kernels import policy_loss as kernels
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "chunk_attention_backward_copies.cuh"
 #include "chunk_attention_backward_tile.cuh"

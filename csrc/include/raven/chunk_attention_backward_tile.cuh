@@ -3,8 +3,6 @@
 
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
 #include "hopper.cuh"
 #include "wgmma.cuh"
 
@@ -31,8 +29,7 @@ template <int D, int QUERIES_>
 struct BackwardTile {
     static constexpr int HEAD_DIM = D, QUERIES = QUERIES_, KEYS = 128, STAGES = 2, PANELS = D / 64, THREADS = 384;
     static constexpr int INFOS = 4;  // the adding warps are at most that many steps behind the copying one
-    static constexpr int DQ_COLUMNS =
-        D == 128 ? QUERIES : QUERIES / 2;  // of a warpgroup's 64 x DQ_COLUMNS part of dQ^T
+    static constexpr int DQ_COLUMNS = D == 128 ? QUERIES : QUERIES / 2;  // of a warpgroup's part of dQ^T, 64 rows
     static constexpr uint32_t Q_PANEL = QUERIES * 128, K_PANEL = KEYS * 128;
     static constexpr uint32_t ROW_BYTES = 2 * QUERIES * sizeof(float), PART_BYTES = 64 * DQ_COLUMNS * sizeof(float);
 
@@ -54,17 +51,6 @@ struct BackwardTile {
 
 // Named barriers: 1 for both consumer warpgroups, 2 and 3 for one of them and the warp that adds its part of dQ.
 constexpr uint32_t CONSUMERS = 1, PARTS = 2;
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-    uint32_t word;
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(word) : "f"(high), "f"(low));
-    } else {
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(word) : "f"(high), "f"(low));
-    }
-    return word;
-}
 
 // One arrival for the warp. A branch would do, but makes the compiler give up uniform registers in the loop around it.
 __device__ __forceinline__ void arrive_warp(uint64_t& barrier) {

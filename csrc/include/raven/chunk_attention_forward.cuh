@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "hopper.cuh"
 #include "tensor_map.h"
@@ -51,17 +52,6 @@ struct ForwardTile {
         int arrived[2];
     };
 };
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-    uint32_t word;
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(word) : "f"(high), "f"(low));
-    } else {
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(word) : "f"(high), "f"(low));
-    }
-    return word;
-}
 
 template <int D>
 __device__ __forceinline__ void produce_forward(typename ForwardTile<D>::Shared& shared, const CUtensorMap& map_q,
@@ -174,7 +164,7 @@ __device__ __forceinline__ void store_rows(const float (&o)[D / 2], T* out, int6
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float* pair = o + (block * 4 + i) * 4 + half * 2;
-                words[i] = pack<T>(pair[0] * factor[half], pair[1] * factor[half]);
+                words[i] = pack_pair<T>(pair[0] * factor[half], pair[1] * factor[half]);
             }
 #pragma unroll
             for (int bit = 1; bit < 4; bit *= 2) {
@@ -263,8 +253,7 @@ __device__ __forceinline__ void consume_forward(typename ForwardTile<D>::Shared&
         __syncwarp();
         if (lane == 0) barrier_arrive(barrier);
     };
-    // Read by the thread that then releases the stage: no other may still read when the producer writes the next
-    // number.
+    // Read by the thread that then releases the stage: no other may still read when the producer writes the next.
     const auto keys_of_step = [&] { return __shfl_sync(0xFFFFFFFF, lane == 0 ? shared.keys[k_stage.index] : 0, 0); };
     const auto issue_scores = [&] {
         const uint64_t k_rows = descriptor_k_major(shared_address(shared.k[k_stage.index]));
@@ -285,8 +274,7 @@ __device__ __forceinline__ void consume_forward(typename ForwardTile<D>::Shared&
         }
         wgmma_commit();
     };
-    // A weight of 0 does not silence a NaN: the value rows behind the range become zeros. Both warpgroups write them
-    // all.
+    // A weight of 0 does not silence a NaN: the value rows behind the range become zeros. Both warpgroups write all.
     const auto clear_values_behind = [&](int keys) {
         if (keys == KEYS) return;
         barrier_wait(shared.v_full[v_stage.index], v_stage.parity);
@@ -302,7 +290,7 @@ __device__ __forceinline__ void consume_forward(typename ForwardTile<D>::Shared&
     };
     const auto round_weights = [&] {
 #pragma unroll
-        for (int i = 0; i < KEYS / 4; ++i) weights[i / 4][i % 4] = pack<T>(scores[2 * i], scores[2 * i + 1]);
+        for (int i = 0; i < KEYS / 4; ++i) weights[i / 4][i % 4] = pack_pair<T>(scores[2 * i], scores[2 * i + 1]);
     };
 
     if (group == 1) named_arrive(1, 256);  // the other warpgroup has the first turn

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace raven {
 
@@ -68,6 +69,25 @@ RAVEN_WGMMA(__half, "f16", 80, 40, 40, 41, 42, 43, 44, 45, 46)
 RAVEN_WGMMA(__half, "f16", 128, 64, 64, 65, 66, 67, 68, 69, 70)
 
 #undef RAVEN_WGMMA
+#undef RAVEN_REGISTERS_32
+#undef RAVEN_REGISTERS_40
+#undef RAVEN_REGISTERS_64
+#undef RAVEN_BIND_8
+#undef RAVEN_BIND_32
+#undef RAVEN_BIND_40
+#undef RAVEN_BIND_64
+
+// Two neighbouring elements of an operand in registers.
+template <typename T>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+    uint32_t word;
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(word) : "f"(high), "f"(low));
+    } else {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(word) : "f"(high), "f"(low));
+    }
+    return word;
+}
 
 // Shared-memory operand in the 128-byte swizzle that TMA writes: panels of 64 columns, 128 bytes a row.
 // K-major (rows are the operand's M or N): neighbouring groups of 8 rows are 1,024 bytes apart; a k16 step is 32 bytes.
