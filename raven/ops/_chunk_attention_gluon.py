@@ -19,8 +19,8 @@ from raven.worklist.forward import forward_work
 CHECKED = ((3, 6),)  # releases of Triton whose Gluon ran this kernel's tests on a GPU
 
 
-def reason(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Why the Triton backend runs its portable forward kernel on these tensors, or ``None`` if it runs Hopper's."""
+def reason(q: torch.Tensor) -> str | None:
+    """Why the Triton backend runs its portable forward kernel on such queries, or ``None`` if it runs Hopper's."""
     if missing := tile_reason(q):
         return missing
     if not q.is_cuda:

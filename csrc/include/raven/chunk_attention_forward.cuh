@@ -38,7 +38,6 @@ template <int D>
 struct ForwardTile {
     static constexpr int ROWS = 128, KEYS = 128, STAGES = 2, PANELS = D / 64, THREADS = 384;
     static constexpr uint32_t Q_PANEL = ROWS * 128, KV_PANEL = KEYS * 128;
-    static constexpr int PART_FLOATS = 2 * (D / 2 + 4) * 128;
 
     struct Shared {
         alignas(1024) uint8_t q[PANELS * Q_PANEL];
