@@ -119,7 +119,8 @@ def triton_version() -> str | None:
 
 
 @cache
-def _capability(index: int) -> tuple[int, int]:
+def capability(index: int) -> tuple[int, int]:
+    """Compute capability of a GPU, by its number."""
     return torch.cuda.get_device_capability(index)
 
 
@@ -142,6 +143,6 @@ def triton_reason(*args: object) -> str | None:
                 return f"the tensors are on {arg.device.type}, and TRITON_INTERPRET is not 1"
             if arg.dtype == torch.bfloat16:
                 return "Triton's interpreter does not compute bfloat16"
-        elif _capability(arg.device.index) < (8, 0):
-            return f"compute capability {_capability(arg.device.index)} is below (8, 0)"
+        elif capability(arg.device.index) < (8, 0):
+            return f"compute capability {capability(arg.device.index)} is below (8, 0)"
     return None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import raven
+from raven.backends import capability
 
 LIBRARY = Path(__file__).with_name("libraven_cuda.so")
 CAPABILITY = (9, 0)  # sm_90a code runs on no other
@@ -51,11 +52,6 @@ def _driver_too_old() -> str | None:
     return f"the driver runs CUDA {_dotted(runs)}, and the CUDA library needs {built // 1000}.0: update the driver"
 
 
-@cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
 def reason(*args: object) -> str | None:
     """Why the compiled kernels cannot run on these tensors, or ``None``."""
     for arg in args:
@@ -63,8 +59,8 @@ def reason(*args: object) -> str | None:
             continue
         if not arg.is_cuda:
             return f"the tensors are on {arg.device.type}"
-        if _capability(arg.device.index) != CAPABILITY:
-            return f"compute capability {_capability(arg.device.index)} is not {CAPABILITY}"
+        if capability(arg.device.index) != CAPABILITY:
+            return f"compute capability {capability(arg.device.index)} is not {CAPABILITY}"
         if arg.dtype == torch.float64:
             return "float64 is only computed by the reference"
     return unavailable()

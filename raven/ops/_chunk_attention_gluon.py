@@ -9,7 +9,7 @@ from importlib import import_module
 import numpy as np
 import torch
 
-from raven import backends
+from raven import backends, native
 from raven.graphs import held_by_graphs
 from raven.ops._chunk_attention_cuda import KEYS, ROWS, copyable, tile_reason
 from raven.planner import plan
@@ -27,9 +27,8 @@ def reason(q: torch.Tensor) -> str | None:
         return f"the tensors are on {q.device.type}"
     if backends.interpreting():
         return "Triton's interpreter does not run Gluon"
-    capability = torch.cuda.get_device_capability(q.device)
-    if capability != (9, 0):
-        return f"compute capability {capability} is not (9, 0)"
+    if (capability := backends.capability(q.device.index)) != native.CAPABILITY:
+        return f"compute capability {capability} is not {native.CAPABILITY}"
     return compiler_reason()
 
 

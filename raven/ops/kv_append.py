@@ -177,7 +177,7 @@ def _triton_reason(*tensors: object) -> str | None:
         if x.dtype == torch.float8_e4m3fn:
             if backends.interpreting():
                 return f"{name} has dtype float8_e4m3fn, which Triton's interpreter does not compute"
-            if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
+            if x.is_cuda and backends.capability(x.device.index) < (8, 9):
                 return f"{name} has dtype float8_e4m3fn, which needs compute capability (8, 9)"
     return triton_reason(*tensors)
 
