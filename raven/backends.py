@@ -8,8 +8,8 @@ for by name is never replaced by another one.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib import import_module
 
@@ -21,21 +21,27 @@ BACKENDS = ("cuda", "triton", "reference")
 WhyNot = Callable[..., "str | None"]
 
 _registry: dict[str, dict[str, WhyNot]] = {}
+_remarks: dict[tuple[str, str], WhyNot] = {}
 _forced: str | None = None
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What would run for given arguments, and why each other backend would not (``None``: it could)."""
+    """What would run for given arguments, and why each other backend would not (``None``: it could).
+
+    ``remarks``: what a backend that could run says about how it would.
+    """
 
     op: str
     chosen: str | None
     reasons: dict[str, str | None]
+    remarks: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.chosen or 'no backend can run this'}"]
         for name, reason in self.reasons.items():
-            lines.append(f"  {name:<9} {'available' if reason is None else 'not used: ' + reason}")
+            remark = f" ({self.remarks[name]})" if name in self.remarks else ""
+            lines.append(f"  {name:<9} {'available' + remark if reason is None else 'not used: ' + reason}")
         return "\n".join(lines)
 
 
@@ -45,6 +51,11 @@ def register(op: str, **why_not: WhyNot) -> None:
     if unknown:
         raise ValueError(f"backend: got {sorted(unknown)}, expected some of {BACKENDS}")
     _registry[op] = dict(why_not)
+
+
+def remark(op: str, backend: str, about: WhyNot) -> None:
+    """What ``explain`` adds where ``backend`` can run: ``about(*args)`` gives a phrase, or ``None`` for nothing."""
+    _remarks[op, backend] = about
 
 
 def _checked(name: str | None, source: str) -> str | None:
@@ -86,7 +97,9 @@ def explain(op: str, *args: object) -> Explanation:
         chosen = forced if reasons[forced] is None else None
     else:
         chosen = next((name for name, reason in reasons.items() if reason is None), None)
-    return Explanation(op, chosen, reasons)
+    able = [name for name, reason in reasons.items() if reason is None and (op, name) in _remarks]
+    remarks = {name: text for name in able if (text := _remarks[op, name](*args))}
+    return Explanation(op, chosen, reasons, remarks)
 
 
 def select(op: str, *args: object) -> str:

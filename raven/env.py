@@ -26,8 +26,8 @@ def collect() -> dict[str, Any]:
 
     Keys: ``raven python platform torch cuda`` (versions), ``packages`` (name to version or ``None``), ``gpus`` (list of
     ``index name capability memory_gib``), ``no_gpu`` (why there is none, or ``None``), ``planner``, ``cuda_library``
-    (`raven.build_config`), ``backend`` (the one asked for, or ``None``), ``ops`` (device to op to ``chosen`` and
-    ``reasons``).
+    (`raven.build_config`), ``backend`` (the one asked for, or ``None``), ``ops`` (device to op to ``chosen``,
+    ``reasons`` and ``remarks``).
     Raises ``ValueError`` when ``RAVEN_BACKEND`` names no backend.
     """
     gpus = [_gpu(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
@@ -69,7 +69,7 @@ def describe(facts: dict[str, Any]) -> str:
     for device, ops in facts["ops"].items():
         lines += ["", f"ops on {device}"]
         for op, choice in ops.items():
-            explanation = backends.Explanation(op, choice["chosen"], choice["reasons"])
+            explanation = backends.Explanation(op, **choice)
             lines += [f"  {line}" for line in str(explanation).splitlines()]
     return "\n".join(lines)
 
@@ -125,5 +125,5 @@ def _ops_on(device: str) -> dict[str, dict[str, Any]]:
     choices = {}
     for op in backends.operators():
         explanation = backends.explain(op, heads, heads, heads)
-        choices[op] = {"chosen": explanation.chosen, "reasons": explanation.reasons}
+        choices[op] = {name: getattr(explanation, name) for name in ("chosen", "reasons", "remarks")}
     return choices

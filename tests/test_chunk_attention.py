@@ -351,6 +351,17 @@ def test_what_triton_leaves_to_the_reference(monkeypatch):
     assert "65535" in why_not(65536, 0, 1, 32) and "65535" in why_not(1, 0, 65536, 32)
 
 
+def test_explain_tells_the_two_forward_kernels_of_triton_apart(monkeypatch):
+    q = torch.empty(1, 3, 1, 64)
+    assert not raven.explain("chunk_attention", q, q, q).remarks  # Triton cannot run at all here
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    explanation = raven.explain("chunk_attention", q, q, q)
+    if explanation.reasons["triton"] is not None:
+        pytest.skip(explanation.reasons["triton"])
+    assert explanation.remarks["triton"].startswith("portable forward, not Hopper's: dtype torch.float32 is not one of")
+    assert "triton    available (portable forward" in str(explanation)
+
+
 @pytest.mark.gpu
 def test_gpu_that_is_not_the_current_one():
     if torch.cuda.device_count() < 2:

@@ -212,7 +212,13 @@ def _triton_reason(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | N
     return backends.triton_reason(q, k, v)
 
 
+def _triton_remark(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+    missing = gluon.reason(q)
+    return "forward for Hopper" if missing is None else f"portable forward, not Hopper's: {missing}"
+
+
 backends.register("chunk_attention", cuda=cuda.reason, triton=_triton_reason, reference=backends.always)
+backends.remark("chunk_attention", "triton", _triton_remark)
 
 
 def _covered(ranges: torch.Tensor) -> int:
