@@ -38,6 +38,9 @@ class Build(build_ext):
     it is left out on demand alone, because an install that lacks it runs at another speed."""
 
     def run(self):
+        if not self.inplace:  # what an earlier build with other settings left would be installed as well
+            for library in (Path(self.build_lib) / "raven").glob("*.so"):
+                library.unlink()
         super().run()
         if cuda_wanted():
             output = Path("" if self.inplace else self.build_lib) / build_cuda.LIBRARY
