@@ -11,7 +11,7 @@ from raven import native
 from raven.graphs import held_by_graphs
 from raven.planner import plan
 from raven.rows import multiprocessors
-from raven.worklist.forward import forward_work
+from raven.worklist.forward import WorkList, forward_work
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)
@@ -48,13 +48,20 @@ class DeviceWork:
         self.slots = slots
 
 
+def planned(
+    ranges: tuple[bytes, bytes, bytes], heads: int, group: int, head_bytes: int, device: torch.device
+) -> WorkList:
+    """The work of both Hopper forwards, this one and Triton's; arguments as of `forward_work`."""
+    q_ranges, kv_indptr, kv_ranges = (np.frombuffer(x, dtype=np.int32) for x in ranges)
+    tiles = plan(q_ranges.reshape(-1, 2), kv_indptr, kv_ranges.reshape(-1, 2), ROWS, KEYS)
+    return forward_work(tiles, KEYS, heads, group, head_bytes, multiprocessors(device))
+
+
 @lru_cache(maxsize=1024)
 def _forward_work(
     ranges: tuple[bytes, bytes, bytes], heads: int, group: int, head_bytes: int, device: torch.device
 ) -> DeviceWork:
-    q_ranges, kv_indptr, kv_ranges = (np.frombuffer(x, dtype=np.int32) for x in ranges)
-    tiles = plan(q_ranges.reshape(-1, 2), kv_indptr, kv_ranges.reshape(-1, 2), ROWS, KEYS)
-    made = forward_work(tiles, KEYS, heads, group, head_bytes, multiprocessors(device))
+    made = planned(ranges, heads, group, head_bytes, device)
     return DeviceWork(made.work, made.steps, made.slots, device)
 
 

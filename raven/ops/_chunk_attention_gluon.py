@@ -11,10 +11,7 @@ import torch
 
 from raven import backends, native
 from raven.graphs import held_by_graphs
-from raven.ops._chunk_attention_cuda import KEYS, ROWS, copyable, tile_reason
-from raven.planner import plan
-from raven.rows import multiprocessors
-from raven.worklist.forward import forward_work
+from raven.ops._chunk_attention_cuda import KEYS, ROWS, copyable, planned, tile_reason
 
 CHECKED = ((3, 6),)  # releases of Triton whose Gluon ran this kernel's tests on a GPU
 
@@ -72,9 +69,7 @@ class DeviceWork:
 def _device_work(
     ranges: tuple[bytes, bytes, bytes], heads: int, group: int, head_bytes: int, device: torch.device
 ) -> DeviceWork:
-    q_ranges, kv_indptr, kv_ranges = (np.frombuffer(x, dtype=np.int32) for x in ranges)
-    tiles = plan(q_ranges.reshape(-1, 2), kv_indptr, kv_ranges.reshape(-1, 2), ROWS, KEYS)
-    made = forward_work(tiles, KEYS, heads, group, head_bytes, multiprocessors(device))
+    made = planned(ranges, heads, group, head_bytes, device)
     return DeviceWork(made.work, made.steps, made.slots, device)
 
 
