@@ -8,6 +8,7 @@ happens between ``begin`` and ``commit`` does the same thing again (checkpoint r
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -40,14 +41,16 @@ class KVCache:
     chunk_tokens: rows of a slot, so the most tokens a chunk may have. sink, window: in chunks; chunk i sees itself and
     the past chunks j with ``j < sink or i - j <= window``. window None: all of them, and ``max_chunks`` is needed.
     max_chunks: the most chunks of a video. heads: of the keys and values. dtype, device: as ``torch.empty`` defaults.
-    S = chunk_tokens * ``num_slots``; rows outside ``spans`` are uninitialised.
+    spare: slots more than the ring needs; with one, two chunks can be open at once (``begin_next``) without a window
+    losing a chunk. S = chunk_tokens * ``num_slots``; rows outside ``spans`` are uninitialised.
 
     dtype ``torch.float8_e4m3fn`` stores each head of a token with a scale of its own, amax / 448, in ``k_scale[layer]``
     and ``v_scale[layer]``: [B, S, H] float32, ``None`` for other dtypes. ``kv_append`` writes them, ``read`` applies
     them.
 
     ``begin`` opens the chunk in flight; ``slots`` and ``spans`` say where it writes and what it reads; ``commit`` makes
-    it history. Raises ``ValueError`` for arguments out of range, ``RuntimeError`` for calls out of order.
+    it history. ``begin_next`` opens the chunk after it as well, for a forward over ``[clean i | noisy i + 1]`` in which
+    the last pass of one chunk and the first of the next are one: ``commit`` then takes the older of the two. Raises ``ValueError`` for arguments out of range, ``RuntimeError`` for calls out of order.
     """
 
     def __init__(
@@ -62,13 +65,15 @@ class KVCache:
         max_chunks: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        spare: int = 0,
     ) -> None:
         self.chunk_tokens = check_int("chunk_tokens", chunk_tokens, 1)
         self.sink = check_int("sink", sink, 0)
         self.window = None if window is None else check_int("window", window, 0)
         self.max_chunks = None if max_chunks is None else check_int("max_chunks", max_chunks, 1)
+        self.spare = check_int("spare", spare, 0)
         if self.window is not None:
-            ring = self.sink + self.window + 1
+            ring = self.sink + self.window + 1 + self.spare
             self.num_slots = ring if self.max_chunks is None else min(ring, self.max_chunks)
         elif self.max_chunks is not None:
             self.num_slots = self.max_chunks
@@ -92,68 +97,78 @@ class KVCache:
                 )
                 for _ in range(2)
             )
-        self._rows: dict[tuple[int, int], torch.Tensor] = {}
+        self._rows: dict[tuple[tuple[int, int], ...], torch.Tensor] = {}
         self.reset()
 
     def reset(self) -> None:
         """Forget every chunk. The buffers, and the addresses of ``slots``, stay."""
         self.num_committed = 0
         self._held: dict[int, CachedChunk] = {}
-        self._open: CachedChunk | None = None
+        self._open: tuple[CachedChunk, ...] = ()
         self._spans: Spans | None = None
         self._slots: torch.Tensor | None = None
 
     def begin(self, tokens: int, frame: int, frames: int) -> None:
         """Open chunk number ``num_committed``: ``tokens`` tokens that are latent frames [frame, frame + frames).
 
-        Again with the same arguments while that chunk is open: does nothing. Raises ``ValueError`` when the chunk does
+        Again with the same arguments while that chunk is open (alone, or as the older of two): does nothing. Raises ``ValueError`` when the chunk does
         not fit a slot, ``RuntimeError`` when another chunk is open or ``max_chunks`` are committed.
         """
-        if check_int("tokens", tokens, 1) > self.chunk_tokens:
-            raise ValueError(f"tokens: got {tokens}, expected at most chunk_tokens={self.chunk_tokens}")
-        check_int("frame", frame, 0)
-        check_int("frames", frames, 1)
-        if self._open is not None:
-            if (self._open.length, self._open.frame, self._open.frames) != (tokens, frame, frames):
+        self._check_chunk(tokens, frame, frames)
+        if self._open:
+            chunk = self._open[0]
+            if (chunk.length, chunk.frame, chunk.frames) != (tokens, frame, frames):
                 raise RuntimeError(
                     f"begin: got a chunk of tokens={tokens}, frame={frame}, frames={frames} while one of tokens="
-                    f"{self._open.length}, frame={self._open.frame}, frames={self._open.frames} is open; "
-                    "commit() or cancel() that first"
+                    f"{chunk.length}, frame={chunk.frame}, frames={chunk.frames} is open; commit() or cancel() that "
+                    "first"
                 )
             return
-        chunk = self.num_committed
-        if self.max_chunks is not None and chunk >= self.max_chunks:
+        self._set_open((self._new_chunk(self.num_committed, tokens, frame, frames),))
+
+    def begin_next(self, tokens: int, frame: int, frames: int) -> None:
+        """Open the chunk after the one in flight too; arguments as of ``begin``.
+
+        ``slots`` then holds the rows of both chunks in order, and ``spans`` has a query range for each: the older sees
+        what it saw, the newer its own window, the older chunk and itself. Again with the same arguments: does nothing.
+        Raises ``ValueError`` when the chunk does not fit a slot, ``RuntimeError`` when no chunk is open, when another
+        next one is, when ``max_chunks`` are reached, or when the slot is one that the older chunk still reads
+        (``spare=0``).
+        """
+        self._check_chunk(tokens, frame, frames)
+        first = self._require_open("begin_next")
+        if len(self._open) == 2:
+            chunk = self._open[1]
+            if (chunk.length, chunk.frame, chunk.frames) != (tokens, frame, frames):
+                raise RuntimeError(
+                    f"begin_next: got a chunk of tokens={tokens}, frame={frame}, frames={frames} while one of tokens="
+                    f"{chunk.length}, frame={chunk.frame}, frames={chunk.frames} is open; commit() or cancel() first"
+                )
+            return
+        chunk = self._new_chunk(first.chunk + 1, tokens, frame, frames)
+        taken = {c.start: c.chunk for c in (*self.history, first)}
+        if chunk.start in taken:
             raise RuntimeError(
-                f"begin: the cache is full, all max_chunks={self.max_chunks} chunks are committed; "
-                "reset() it, or make one with a larger max_chunks" + (", or a window" if self.window is None else "")
+                f"begin_next: the slot of chunk {chunk.chunk} holds chunk {taken[chunk.start]}, which chunk "
+                f"{first.chunk} still reads; expected a cache with spare=1"
             )
-        slot = self._slot(chunk)
-        self._open = CachedChunk(chunk, slot * self.chunk_tokens, tokens, frame, frames)
-        # The chunk whose slot is taken over has just left the window, so ``_sees`` leaves it out.
-        readable = [c for c in self._held.values() if self._sees(chunk, c.chunk)] + [self._open]
-        self._spans = Spans.build([((0, tokens), [(c.start, c.end) for c in readable])])
-        if (slot, tokens) not in self._rows:
-            start, end = self._open.start, self._open.end
-            with torch.inference_mode(False):
-                rows = torch.arange(start, end, dtype=torch.int32, device=self.k[0].device)
-            self._rows[slot, tokens] = rows
-        self._slots = self._rows[slot, tokens]
+        self._set_open((first, chunk))
 
     def commit(self) -> None:
-        """Make the chunk in flight history. What its rows hold then is what later chunks see."""
+        """Make the chunk in flight history, of two the older. What its rows hold then is what later chunks see."""
         chunk = self._require_open("commit")
         self._held[self._slot(chunk.chunk)] = chunk
         self.num_committed += 1
-        self._close()
+        self._set_open(self._open[1:])
 
     def cancel(self) -> None:
-        """Drop the chunk in flight; the history is as before ``begin``."""
+        """Drop the chunk in flight, of two the newer; everything else is as before it was opened."""
         self._require_open("cancel")
-        self._close()
+        self._set_open(self._open[:-1])
 
     @property
     def slots(self) -> torch.Tensor:
-        """int32 [tokens] on the cache's device: destination row of each token of the chunk in flight.
+        """int32 [tokens] on the cache's device: destination row of each token of the chunk in flight, or of both.
 
         One tensor per slot and length for the life of the cache, so a CUDA graph may keep its address.
         """
@@ -163,7 +178,10 @@ class KVCache:
 
     @property
     def spans(self) -> Spans:
-        """What the chunk in flight reads: its own rows and those of the visible past, merged where they touch."""
+        """What the chunk in flight reads: its own rows and those of the visible past, merged where they touch.
+
+        With two chunks open, two query ranges, one after the other.
+        """
         self._require_open("spans")
         assert self._spans is not None
         return self._spans
@@ -180,8 +198,24 @@ class KVCache:
 
     @property
     def current(self) -> CachedChunk | None:
-        """The chunk in flight, if one is open."""
-        return self._open
+        """The chunk in flight, if one is open; of two the older."""
+        return self._open[0] if self._open else None
+
+    @property
+    def following(self) -> CachedChunk | None:
+        """The chunk after the one in flight, if both are open."""
+        return self._open[1] if len(self._open) == 2 else None
+
+    @property
+    def can_merge(self) -> bool:
+        """Whether two chunks that are open at once read the same past, so that one forward can hold both."""
+        return True
+
+    @property
+    def state(self) -> Hashable:
+        """Equal where a forward of the open chunks writes and reads the same rows: what a CUDA graph depends on."""
+        self._require_open("state")
+        return tuple((c.start, c.length, c.frames) for c in self._open), self.spans
 
     @property
     def history(self) -> tuple[CachedChunk, ...]:
@@ -211,15 +245,48 @@ class KVCache:
     def _slot(self, chunk: int) -> int:
         if self.window is None or chunk < self.sink:
             return chunk
-        return self.sink + (chunk - self.sink) % (self.window + 1)
+        return self.sink + (chunk - self.sink) % (self.window + 1 + self.spare)
 
     def _sees(self, query: int, key: int) -> bool:
         return key < self.sink or self.window is None or query - key <= self.window
 
-    def _close(self) -> None:
-        self._open = self._spans = self._slots = None
+    def _check_chunk(self, tokens: int, frame: int, frames: int) -> None:
+        if check_int("tokens", tokens, 1) > self.chunk_tokens:
+            raise ValueError(f"tokens: got {tokens}, expected at most chunk_tokens={self.chunk_tokens}")
+        check_int("frame", frame, 0)
+        check_int("frames", frames, 1)
+
+    def _new_chunk(self, chunk: int, tokens: int, frame: int, frames: int) -> CachedChunk:
+        if self.max_chunks is not None and chunk >= self.max_chunks:
+            raise RuntimeError(
+                f"begin: the cache is full, all max_chunks={self.max_chunks} chunks are committed or open; "
+                "reset() it, or make one with a larger max_chunks" + (", or a window" if self.window is None else "")
+            )
+        return CachedChunk(chunk, self._slot(chunk) * self.chunk_tokens, tokens, frame, frames)
+
+    def _set_open(self, chunks: tuple[CachedChunk, ...]) -> None:
+        """Work out where the open chunks write and what each of them reads."""
+        self._open = chunks
+        self._spans = self._slots = None
+        if not chunks:
+            return
+        rows, begin = [], 0
+        for i, chunk in enumerate(chunks):
+            # A chunk whose slot is taken over has left the window before, so ``_sees`` leaves it out.
+            past = [c for c in (*self._held.values(), *chunks[:i]) if self._sees(chunk.chunk, c.chunk)]
+            rows.append(((begin, begin + chunk.length), [(c.start, c.end) for c in (*past, chunk)]))
+            begin += chunk.length
+        self._spans = Spans.build(rows)
+        places = tuple((c.start, c.end) for c in chunks)
+        if places not in self._rows:
+            device = self.k[0].device
+            with torch.inference_mode(False):
+                self._rows[places] = torch.cat(
+                    [torch.arange(*place, dtype=torch.int32, device=device) for place in places]
+                )
+        self._slots = self._rows[places]
 
     def _require_open(self, name: str) -> CachedChunk:
-        if self._open is None:
+        if not self._open:
             raise RuntimeError(f"{name}: no chunk is open; call begin(tokens, frame, frames) first")
-        return self._open
+        return self._open[0]
