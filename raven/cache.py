@@ -50,7 +50,8 @@ class KVCache:
 
     ``begin`` opens the chunk in flight; ``slots`` and ``spans`` say where it writes and what it reads; ``commit`` makes
     it history. ``begin_next`` opens the chunk after it as well, for a forward over ``[clean i | noisy i + 1]`` in which
-    the last pass of one chunk and the first of the next are one: ``commit`` then takes the older of the two. Raises ``ValueError`` for arguments out of range, ``RuntimeError`` for calls out of order.
+    the last pass of one chunk and the first of the next are one: ``commit`` then takes the older of the two. Raises
+    ``ValueError`` for arguments out of range, ``RuntimeError`` for calls out of order.
     """
 
     def __init__(
@@ -111,8 +112,9 @@ class KVCache:
     def begin(self, tokens: int, frame: int, frames: int) -> None:
         """Open chunk number ``num_committed``: ``tokens`` tokens that are latent frames [frame, frame + frames).
 
-        Again with the same arguments while that chunk is open (alone, or as the older of two): does nothing. Raises ``ValueError`` when the chunk does
-        not fit a slot, ``RuntimeError`` when another chunk is open or ``max_chunks`` are committed.
+        Again with the same arguments while that chunk is open (alone, or as the older of two): does nothing. Raises
+        ``ValueError`` when the chunk does not fit a slot, ``RuntimeError`` when another chunk is open or ``max_chunks``
+        are committed.
         """
         self._check_chunk(tokens, frame, frames)
         if self._open:
