@@ -6,5 +6,16 @@ from raven.ops.gaussian_log_prob import gaussian_log_prob
 from raven.ops.kv_append import kv_append
 from raven.ops.policy_loss import policy_loss
 from raven.ops.qk_norm_rope import qk_norm_rope
+from raven.ops.quantize_rows import quantize_rows
+from raven.ops.read_rows import read_rows
 
-__all__ = ["chunk_attention", "consistency_step", "gaussian_log_prob", "kv_append", "policy_loss", "qk_norm_rope"]
+__all__ = [
+    "chunk_attention",
+    "consistency_step",
+    "gaussian_log_prob",
+    "kv_append",
+    "policy_loss",
+    "qk_norm_rope",
+    "quantize_rows",
+    "read_rows",
+]
