@@ -15,6 +15,7 @@ Self = TypeVar("Self", bound="Config")
 
 HISTORIES = ("raven", "self_forcing")
 METHODS = ("cm_grpo", "flow_grpo")
+CHECKPOINTING = ("model", "none", "selective", "full")
 
 
 def _check_kind(name: str, value: Any, default: Any) -> None:
@@ -44,7 +45,9 @@ class Config:
     latent_shape: tuple[int, int, int] = (16, 60, 104)  # C, H, W
     seed: int = 0
     steps: int = 300
-    amp: bool = True  # bfloat16 autocast on a GPU; float32 on a CPU
+    amp: bool = True  # bfloat16 autocast of float32 weights on a GPU; float32 on a CPU
+    master_weights: bool = False  # instead: bfloat16 weights, and float32 masters that the optimizer steps
+    checkpointing: str = "model"  # what the backward pass recomputes; "model": as the models are set
     grad_clip: float | None = None
 
     def __post_init__(self) -> None:
@@ -57,6 +60,7 @@ class Config:
             raise ValueError(f"chunk_frames: got {self.chunk_frames}, expected at least one positive number of frames")
         if len(self.latent_shape) != 3 or min(self.latent_shape) < 1:
             raise ValueError(f"latent_shape: got {self.latent_shape}, expected (C, H, W)")
+        self._one_of("checkpointing", CHECKPOINTING)
         if self.steps < 1:
             raise ValueError(f"steps: got {self.steps}, expected at least 1")
         if self.grad_clip is not None and self.grad_clip <= 0:

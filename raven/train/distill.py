@@ -25,7 +25,8 @@ from raven.train.base import BaseTrainer, freeze
 from raven.train.config import DistillConfig
 from raven.train.graph import GraphedStep
 from raven.train.loop import run
-from raven.train.optim import Ema, adamw, set_lr, warmup_cosine
+from raven.train.optim import set_lr, warmup_cosine
+from raven.train.phases import phase
 from raven.train.prompts import PromptFile, Prompts
 
 _KEPT = ("x_t", "x_0", "context")
@@ -56,14 +57,8 @@ class RavenTrainer(BaseTrainer):
         critic = copy.deepcopy(teacher) if critic is None else critic
         freeze([teacher])
         self.teacher, self.prompts, self.negative = teacher, prompts, negative
-        self.modules = {"student": student.train(), "critic": critic.train().requires_grad_(True)}
-        rates = {"student": config.student_lr, "critic": config.critic_lr}
-        for name, module in self.modules.items():
-            distributed.broadcast_parameters(module)
-            self.optimizers[name] = adamw(
-                module.parameters(), rates[name], config.betas, config.eps, config.weight_decay
-            )
-        self.averages = {"student": Ema(student, config.ema)}
+        self.add_trained("student", student, config.student_lr, config.ema)
+        self.add_trained("critic", critic.requires_grad_(True), config.critic_lr)
         self.levels = sampling_levels(config.levels, config.shift).tolist()
         self._level_table = torch.tensor(self.levels, device=self.device)
         self._rollouts: list[dict[str, torch.Tensor]] = []
@@ -99,12 +94,11 @@ class RavenTrainer(BaseTrainer):
         totals: dict[str, torch.Tensor] = {}
         for batch in batches:
             loss, metrics = loss_of(**batch)
-            (loss / len(batches)).backward()
+            self.backward(name, loss / len(batches))
             for key, value in metrics.items():
                 totals[key] = totals.get(key, 0) + value / len(batches)
         totals[f"{name}_norm"] = self.apply_gradients(name)
-        if name in self.averages:
-            self.averages[name].update()
+        self.update_average(name)
         return totals
 
     @torch.no_grad()
@@ -112,9 +106,10 @@ class RavenTrainer(BaseTrainer):
         """Videos of the current student: states ``[K, B, C, F, H, W]``, end points, and what they were asked for."""
         config = self.config
         _, context = self.prompts(config.batch, self.host_generator)
-        with self.autocast():
+        student = self.modules["student"]
+        with phase("rollout"), self.autocast(student):
             result = rollout(
-                self.modules["student"],
+                student,
                 context,
                 config.latent_shape,
                 config.chunk_frames,
@@ -137,8 +132,9 @@ class RavenTrainer(BaseTrainer):
     def _critic_loss(
         self, x_0: torch.Tensor, context: torch.Tensor, s: torch.Tensor, noise: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        with self.autocast():
-            v = bidirectional_forward(self.modules["critic"], add_noise(x_0, noise, s), s, context)
+        critic = self.modules["critic"]
+        with phase("critic forward"), self.autocast(critic):
+            v = bidirectional_forward(critic, add_noise(x_0, noise, s), s, context)
         loss = flow_matching_loss(v, x_0, noise)
         return loss, {"critic_loss": loss.detach()}
 
@@ -159,10 +155,10 @@ class RavenTrainer(BaseTrainer):
         s: torch.Tensor,
         noise: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        config = self.config
-        with self.autocast():
+        config, student = self.config, self.modules["student"]
+        with phase("student forward"), self.autocast(student):
             v = repacked_forward(
-                self.modules["student"],
+                student,
                 x_t,
                 x_0,
                 t,
@@ -181,14 +177,15 @@ class RavenTrainer(BaseTrainer):
         return loss, {"dmd_loss": loss.detach(), "gap": gap}
 
     def _fake(self, x_s: torch.Tensor, s: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        with self.autocast():
-            v = bidirectional_forward(self.modules["critic"], x_s, s, context)
+        critic = self.modules["critic"]
+        with phase("critic score"), self.autocast(critic):
+            v = bidirectional_forward(critic, x_s, s, context)
         return x0_from_velocity(v.float(), x_s, s)
 
     def _real(self, x_s: torch.Tensor, s: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """The teacher's clean estimate, guided; prompted and unprompted halves in one forward."""
         scale = self.config.guidance
-        with self.autocast():
+        with phase("teacher score"), self.autocast(self.teacher):
             if scale == 1:
                 v = bidirectional_forward(self.teacher, x_s, s, context).float()
             else:
@@ -232,7 +229,9 @@ def distill_from_files(
     from raven.train.files import load_trained, save_student
 
     with distributed.process_group(device) as place:
-        frozen_dtype = torch.bfloat16 if place.type == "cuda" and config.amp else torch.float32
+        frozen_dtype = (
+            torch.bfloat16 if config.master_weights or (place.type == "cuda" and config.amp) else torch.float32
+        )
         student = load_trained(start, model_config, place, torch.float32)
         model_of_teacher = load_trained(teacher, teacher_config, place, frozen_dtype)
         critic_path, critic_config = (teacher, teacher_config) if critic is None else (critic, model_config)

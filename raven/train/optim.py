@@ -73,19 +73,70 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], limit: float | None
     return norm
 
 
+class MasterWeights:
+    """Float32 values of the parameters of a module that computes in bfloat16.
+
+    Making it casts the module in place. An optimizer steps ``parameters``: updates far below the spacing of bfloat16
+    add up there. Around it, ``collect`` after every backward pass adds the module's gradients to those of the masters,
+    in float32, and ``publish`` rounds the masters back into the module.
+    """
+
+    def __init__(self, module: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.names = [name for name, _ in module.named_parameters()]
+        self._live = list(module.parameters())
+        # Float32 values move here as they are: the cast below gives the module new memory.
+        self.parameters = [torch.nn.Parameter(p.detach().float(), requires_grad=p.requires_grad) for p in self._live]
+        module.to(dtype)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Move the module's gradients into those of the masters, one by one: each is freed before the next is made."""
+        for live, master in zip(self._live, self.parameters, strict=True):
+            if live.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = live.grad.float()
+            else:
+                master.grad += live.grad
+            live.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters into the module."""
+        torch._foreach_copy_([p.data for p in self._live], [p.data for p in self.parameters])
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Name of every parameter -> its master."""
+        return {name: p.detach() for name, p in zip(self.names, self.parameters, strict=True)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Load what ``state_dict`` gave, in place, into the masters and the module."""
+        _check_names("masters", self.names, state)
+        torch._foreach_copy_([p.data for p in self.parameters], [state[name] for name in self.names])
+        self.publish()
+
+
+def _check_names(what: str, names: list[str], state: dict[str, torch.Tensor]) -> None:
+    differing = set(names) ^ set(state)
+    if differing:
+        raise ValueError(f"{what}: got a state that differs in {sorted(differing)[:4]}")
+
+
 class Ema:
     """Exponential moving average of a module's parameters, in float32.
 
-    ``update`` is one fused operation. The average starts at the module's values when it is made.
+    ``update`` is one fused operation. The average starts at the module's values when it is made. With ``masters`` it
+    follows those: bfloat16 would hide from it what a step changes.
     """
 
-    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+    def __init__(self, module: torch.nn.Module, decay: float, masters: MasterWeights | None = None) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay: got {decay}, expected a number in [0, 1)")
         self.decay = decay
         self.names = [name for name, _ in module.named_parameters()]
-        self._live = [p.data for p in module.parameters()]
-        self.average = [p.detach().float().clone() for p in module.parameters()]
+        self._live = [p.data for p in (module.parameters() if masters is None else masters.parameters)]
+        self.average = [p.float().clone() for p in self._live]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -105,7 +156,5 @@ class Ema:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Load what ``state_dict`` gave, in place."""
-        missing = set(self.names) ^ set(state)
-        if missing:
-            raise ValueError(f"ema: got a state that differs in {sorted(missing)[:4]}")
+        _check_names("ema", self.names, state)
         torch._foreach_copy_(self.average, [state[name] for name in self.names])

@@ -21,7 +21,8 @@ from raven.train import distributed
 from raven.train.base import BaseTrainer, freeze
 from raven.train.config import PolicyConfig
 from raven.train.loop import run
-from raven.train.optim import Ema, adamw, set_lr, warmup_cosine
+from raven.train.optim import set_lr, warmup_cosine
+from raven.train.phases import phase
 from raven.train.prompts import PromptFile, Prompts
 
 # (video as decoded [B, ...], prompts) -> name -> [B], larger is better
@@ -52,18 +53,13 @@ class CMGRPOTrainer(BaseTrainer):
         reference: torch.nn.Module | None = None,
     ) -> None:
         super().__init__(config, next(student.parameters()).device)
-        distributed.broadcast_parameters(student)
         self.reward, self.prompts, self.decode = reward, prompts, decode
         self.weights = weights if weights is not None else getattr(reward, "weights", None)
         self.reference = None
         if config.kl > 0:
             self.reference = copy.deepcopy(student) if reference is None else reference
             freeze([self.reference])
-        self.modules = {"student": student.train()}
-        self.optimizers = {
-            "student": adamw(student.parameters(), config.lr, config.betas, config.eps, config.weight_decay)
-        }
-        self.averages = {"student": Ema(student, config.ema)}
+        self.add_trained("student", student, config.lr, config.ema)
         self.levels = sampling_levels(config.levels, config.shift).tolist()
         self.kernel = "consistency" if config.method == "cm_grpo" else "euler_maruyama"
 
@@ -80,7 +76,8 @@ class CMGRPOTrainer(BaseTrainer):
         asked = [prompt for prompt in asked for _ in range(config.group)]
         context = context.repeat_interleave(config.group, dim=0)
         played = self._roll_out(context)
-        rewards = self._score(played.x_0, asked)
+        with phase("rewards"):
+            rewards = self._score(played.x_0, asked)
         rewards = {name: values.to(self.device) for name, values in rewards.items()}
         advantages = self.advantages(rewards, asked)
         metrics = {f"reward/{name}": value.float().mean() for name, value in rewards.items()}
@@ -109,10 +106,11 @@ class CMGRPOTrainer(BaseTrainer):
     def _roll_out(self, context: torch.Tensor) -> Rollout:
         config = self.config
         shape = (config.latent_shape, config.chunk_frames, self.levels, config.sink, config.window, self.generator)
-        with self.autocast(), torch.no_grad():
+        student = self.modules["student"]
+        with phase("rollout"), self.autocast(student), torch.no_grad():
             if self.kernel == "consistency":
-                return rollout(self.modules["student"], context, *shape)
-            return sde_rollout(self.modules["student"], context, *shape, noise_level=config.noise_level)
+                return rollout(student, context, *shape)
+            return sde_rollout(student, context, *shape, noise_level=config.noise_level)
 
     def _micro_batches(self, played: Rollout, advantages: torch.Tensor, context: torch.Tensor) -> list[_Replay]:
         """What is replayed at once: one random step of every trajectory, or every step, cut to ``micro_batch``."""
@@ -138,7 +136,7 @@ class CMGRPOTrainer(BaseTrainer):
         policy = {"kernel": self.kernel, "noise_level": config.noise_level}
         pieces = self._micro_batches(played, advantages, context)
         if config.clip is not None:
-            with torch.no_grad(), self.autocast():
+            with phase("old log-probabilities"), torch.no_grad(), self.autocast(student):
                 for piece in pieces:
                     piece.old_log_prob, _ = replay(
                         student, piece.step, piece.context, config.chunk_frames, **visible, **policy
@@ -146,7 +144,7 @@ class CMGRPOTrainer(BaseTrainer):
         for _ in range(config.updates_per_rollout):
             totals: dict[str, torch.Tensor] = {}
             for piece in pieces:
-                with self.autocast():
+                with phase("student forward"), self.autocast(student):
                     loss, metrics = cm_grpo_loss(
                         student,
                         piece.step,
@@ -162,11 +160,11 @@ class CMGRPOTrainer(BaseTrainer):
                         **visible,
                         **policy,
                     )
-                (loss * piece.share).backward()
+                self.backward("student", loss * piece.share)
                 for key, value in {"loss": loss.detach(), **metrics}.items():
                     totals[key] = totals.get(key, 0) + value * piece.share
             totals["student_norm"] = self.apply_gradients("student")
-        self.averages["student"].update()
+        self.update_average("student")
         return totals
 
 

@@ -18,7 +18,8 @@ from raven.train import distributed
 from raven.train.base import BaseTrainer
 from raven.train.config import PretrainConfig
 from raven.train.graph import GraphedStep
-from raven.train.optim import Ema, adamw, set_lr, warmup_cosine
+from raven.train.optim import set_lr, warmup_cosine
+from raven.train.phases import phase
 from raven.train.prompts import draw_seed
 
 _RENDERED_AT_ONCE = 1024
@@ -32,16 +33,13 @@ class PretrainTrainer(BaseTrainer):
     prompt, so that the model can be guided.
     """
 
-    ignored_settings = ()  # the learning rate depends on the number of steps
+    ignored_settings = ("checkpointing",)  # the learning rate depends on the number of steps
 
     def __init__(self, model: torch.nn.Module, world: Any, config: PretrainConfig) -> None:
         device = next(model.parameters()).device
         super().__init__(config, device)
-        distributed.broadcast_parameters(model)
         self.world = world
-        self.modules = {"model": model.train()}
-        self.optimizers = {"model": adamw(model.parameters(), config.lr, config.betas, config.eps, config.weight_decay)}
-        self.averages = {"model": Ema(model, config.ema)}
+        self.add_trained("model", model, config.lr, config.ema)
         self._pool: tuple[torch.Tensor, torch.Tensor] | None = None
         self._graphed = self._new_graph()
 
@@ -81,12 +79,12 @@ class PretrainTrainer(BaseTrainer):
         self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, context: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         x_t = add_noise(x_0, noise, t, self.config.chunk_frames if t.ndim == 2 else None)
-        with self.autocast():
+        with phase("model forward"), self.autocast(self.modules["model"]):
             v = self.velocity(x_t, x_0, t, context)
         loss = flow_matching_loss(v, x_0, noise)
-        loss.backward()
+        self.backward("model", loss)
         norm = self.apply_gradients("model")
-        self.averages["model"].update()
+        self.update_average("model")
         return {"loss": loss.detach(), "grad_norm": norm}
 
     def _uniform_levels(self, *shape: int) -> torch.Tensor:
