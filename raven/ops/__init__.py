@@ -2,8 +2,10 @@
 
 from raven.ops.chunk_attention import chunk_attention
 from raven.ops.consistency_step import consistency_step
+from raven.ops.gated_residual import gated_residual
 from raven.ops.gaussian_log_prob import gaussian_log_prob
 from raven.ops.kv_append import kv_append
+from raven.ops.modulate import modulate
 from raven.ops.policy_loss import policy_loss
 from raven.ops.qk_norm_rope import qk_norm_rope
 from raven.ops.quantize_rows import quantize_rows
@@ -12,8 +14,10 @@ from raven.ops.read_rows import read_rows
 __all__ = [
     "chunk_attention",
     "consistency_step",
+    "gated_residual",
     "gaussian_log_prob",
     "kv_append",
+    "modulate",
     "policy_loss",
     "qk_norm_rope",
     "quantize_rows",
