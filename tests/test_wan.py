@@ -181,8 +181,10 @@ def test_cached_forward_refuses_gradients_and_a_second_history():
     cache = KVCache(CONFIG.num_layers, 2, CONFIG.num_heads, CONFIG.head_dim, 4, max_chunks=2)
     with pytest.raises(ValueError, match="cache: got gradients switched on"):
         model(x, t, context, cache=cache)
-    with pytest.raises(ValueError, match="cache: got a layout or x_0 as well"), torch.no_grad():
-        model(x, t, context, x_0=x_0, cache=cache)
+    packed = ChunkLayout.repacked((1, 1), 4)
+    for other, what in (({"layout": packed}, "a layout"), ({"x_0": x_0, "write_only": True}, "x_0")):
+        with pytest.raises(ValueError, match=f"cache: got {what} as well, expected only x"), torch.no_grad():
+            model(x, t, context, cache=cache, **other)
     wrong = ChunkLayout.repacked((1, 1), 5)
     with pytest.raises(ValueError, match="layout: got 5 tokens per frame"):
         model(x, t, context, wrong, x_0=x_0)

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 
+from raven.graphs import held_by_graphs
 from raven.layout import ChunkLayout
 
 
@@ -128,3 +129,26 @@ def make_packing(layout: ChunkLayout, rows: int, columns: int, device: torch.dev
         positions=layout.positions(rows, columns).to(device),
         clean=clean.to(device),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class LastSegment:
+    """The newest chunk of a row ``[clean | noisy]``, where a ``Packing`` would stand: only its tokens go on."""
+
+    noisy_lengths: tuple[int]
+    noisy_index: torch.Tensor
+
+    def take_noisy(self, x: torch.Tensor) -> torch.Tensor:
+        """Its tokens of ``x`` ``[B, L, K]``, without a copy."""
+        return x[:, -self.noisy_lengths[0] :]
+
+
+def last_segment(lengths: tuple[int, ...], device: torch.device) -> LastSegment:
+    """The last of the segments of these lengths."""
+    return held_by_graphs(_last_segment(lengths, device))
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _last_segment(lengths: tuple[int, ...], device: torch.device) -> LastSegment:
+    return LastSegment(lengths[-1:], torch.full((1,), len(lengths) - 1, device=device))

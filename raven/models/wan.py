@@ -19,8 +19,17 @@ from raven.errors import check_dtype, check_level, check_same_device, check_shap
 from raven.layout import ChunkLayout
 from raven.models.config import WanConfig
 from raven.models.layers import Attend, Block, Head, StopWhere, wide
-from raven.models.packing import Packing, frame_positions, make_packing, patchify, unpatchify
+from raven.models.packing import (
+    LastSegment,
+    Packing,
+    frame_positions,
+    last_segment,
+    make_packing,
+    patchify,
+    unpatchify,
+)
 from raven.ops import chunk_attention, kv_append, qk_norm_rope
+from raven.spans import Spans
 
 
 @dataclass(frozen=True)
@@ -177,13 +186,17 @@ class CausalWan(nn.Module):
         cache: KVCache | None = None,
         frame: int = 0,
         write_only: bool = False,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Velocity of noisy latents ``x`` ``[B, C, F, H, W]`` at levels ``t`` (a number, ``[B]`` or ``[B, N]``).
 
         Packed: ``layout`` says which segments the row holds; ``x_0`` (shape of ``x``) fills its clean segments, at
         level 0 and as a constant. ``detach_history`` cuts the gradient into the clean keys and values.
         Cached: with ``cache``, ``x`` is the chunk in flight, starting at ``frame``; no gradient. ``write_only``
-        stops after the last layer's keys and values are written, and returns ``None``.
+        stops after the last layer's keys and values are written, and returns ``None``. Merged: with ``x_0`` too,
+        the finished chunk ``[B, C, F0, H, W]`` right before ``x``, both are open in the cache, and the clean pass of
+        the one runs in the same forward as this pass of the other; ``x`` sees it. ``positions`` int32 ``[L, 3]`` are
+        those of the row's tokens where they must lie at a fixed address, for a CUDA graph.
         With neither, attention is bidirectional over all of ``x``.
         The result has the dtype of ``x``. Raises ``ValueError`` for shapes, levels or devices that do not fit,
         ``TypeError`` for latents that are not floating point.
@@ -198,13 +211,24 @@ class CausalWan(nn.Module):
         text = self.encode_text(context)
         if len(text) != x.shape[0]:
             raise ValueError(f"context: got {len(text)} prompts, expected one for each of the {x.shape[0]} samples")
+        keep: Packing | LastSegment | None = None
         if cache is not None:
-            if layout is not None or x_0 is not None:
-                raise ValueError("cache: got a layout or x_0 as well, expected only one source of history")
-            packing = None
+            if layout is not None or (write_only and x_0 is not None):
+                raise ValueError(f"cache: got {'x_0' if layout is None else 'a layout'} as well, expected only x")
             lengths: tuple[int, ...] = (patches.shape[1],)
             levels = self._levels(t, x.shape[0], 1)
-            attend = self._cached(cache, frame, x.shape[2], rows, columns, write_only)
+            chunks = (x.shape[2],)
+            if x_0 is not None:
+                finished = self._finished_patches(x, x_0)
+                patches = torch.cat([finished, patches], dim=1)
+                lengths = (finished.shape[1], *lengths)
+                levels = F.pad(levels, (1, 0))
+                chunks = (x_0.shape[2], *chunks)
+                keep = last_segment(lengths, x.device)
+            if positions is None:
+                first, count = frame - sum(chunks[:-1]), sum(chunks)
+                positions = frame_positions(first, count, rows, columns, self.device)
+            attend = self._cached(cache, frame, chunks, rows * columns, positions, write_only)
         else:
             if layout is None:
                 layout = ChunkLayout.bidirectional(x.shape[2], rows * columns)
@@ -214,6 +238,7 @@ class CausalWan(nn.Module):
             levels = self._levels(t, x.shape[0], packing.chunks)
             levels = F.pad(levels, (0, 1)).index_select(1, packing.level)
             attend = self._packed(packing, detach_history)
+            keep = packing if packing.has_clean else None
         tokens = self.embed(patches)
         time, table = self.embed_levels(levels)
         last = len(self.blocks) - 1
@@ -221,16 +246,15 @@ class CausalWan(nn.Module):
             if write_only and i == last:
                 block.attention(tokens, block.table(table), lengths, i, attend)
                 return None
-            keep = packing if i == last and packing is not None and packing.has_clean else None
-            args = (tokens, table, lengths, (text.k[i], text.v[i]), i, attend, keep)
+            args = (tokens, table, lengths, (text.k[i], text.v[i]), i, attend, keep if i == last else None)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(
                     block, *args, use_reentrant=False, preserve_rng_state=False
                 )  # nothing random inside
             else:
                 tokens = block(*args)
-        if packing is not None and packing.has_clean:
-            time, lengths = time.index_select(1, packing.noisy_index), packing.noisy_lengths
+        if keep is not None:
+            time, lengths = time.index_select(1, keep.noisy_index), keep.noisy_lengths
         out = self.head(tokens, time, lengths)
         return unpatchify(out, rows, columns, config.patch_size).to(x.dtype)
 
@@ -271,17 +295,36 @@ class CausalWan(nn.Module):
 
         return attend
 
-    def _cached(self, cache: KVCache, frame: int, frames: int, rows: int, columns: int, write_only: bool) -> Attend:
+    def _finished_patches(self, x: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:
+        check_shape("x_0", x_0, (*x.shape[:2], "F0", *x.shape[3:]))
+        check_dtype("x_0", x_0, LATENT_DTYPES)
+        check_same_device("x_0", x_0, "x", x)
+        return patchify(x_0.to(x.dtype), self.config.patch_size)
+
+    def _cached(
+        self,
+        cache: KVCache,
+        frame: int,
+        chunks: tuple[int, ...],
+        tokens_per_frame: int,
+        positions: torch.Tensor,
+        write_only: bool,
+    ) -> Attend:
+        """``chunks``: frames of the chunk in flight that begins at ``frame``, or of the one before it and of it."""
         if torch.is_grad_enabled():
             raise ValueError("cache: got gradients switched on, expected torch.no_grad(): it is written in place")
-        cache.begin(frames * rows * columns, frame, frames)
-        positions = frame_positions(frame, frames, rows, columns, self.device)
+        first = frame - sum(chunks[:-1])
+        cache.begin(chunks[0] * tokens_per_frame, first, chunks[0])
+        if len(chunks) > 1:
+            cache.begin_next(chunks[1] * tokens_per_frame, frame, chunks[1])
+        # Nothing after the last layer's attention needs the finished chunk.
+        spans, newest = cache.spans, Spans.build(cache.spans.rows()[-1:])
         eps, last = self.config.eps, len(self.blocks) - 1
 
         def attend(layer, q, k, v, q_weight, k_weight):
             q = kv_append(q, k, v, q_weight, k_weight, positions, cache, layer, eps=eps)
             if write_only and layer == last:
                 return q
-            return chunk_attention(q, *cache.read(layer, q.dtype), cache.spans)
+            return chunk_attention(q, *cache.read(layer, q.dtype), newest if layer == last else spans)
 
         return attend
