@@ -1,0 +1,120 @@
+"""Wan's decoder and text encoder: tiny random models of the real classes, in the layout their own files have."""
+
+import sys
+
+import pytest
+import torch
+
+from raven.integrations import part_of, wan_text, wan_vae
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("ftfy")
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz.,&\u2019'"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder as diffusers writes it."""
+    path = tmp_path_factory.mktemp("wan")
+    torch.manual_seed(0)
+    diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 2.0, 0.5, 3.0],
+    ).save_pretrained(path / "vae")  # fmt: skip
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)] + [(c, -3.0) for c in LETTERS]
+    tokenizer = transformers.T5Tokenizer(vocab=vocabulary, extra_ids=0)
+    tokenizer.save_pretrained(path / "tokenizer")
+    config = transformers.UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=2)
+    transformers.UMT5EncoderModel(config).save_pretrained(path / "text_encoder")
+    return path
+
+
+@pytest.fixture
+def vae(folder):
+    return wan_vae.WanVAE.load(folder)
+
+
+@pytest.fixture
+def text(folder):
+    return wan_text.WanText.load(folder, dtype=torch.float32)
+
+
+def whole(folder, latents):
+    """Every video decoded at once by diffusers, from latents de-normalised by its own config."""
+    model = diffusers.AutoencoderKLWan.from_pretrained(folder / "vae", low_cpu_mem_usage=False).eval()
+    mean, std = (
+        torch.tensor(getattr(model.config, f"latents_{name}")).view(1, -1, 1, 1, 1) for name in ("mean", "std")
+    )
+    with torch.no_grad():
+        return torch.cat([model.decode(video).sample for video in (latents * std + mean).split(1)])
+
+
+@pytest.mark.parametrize("chunks", [(3, 3, 1), (1, 2, 4), (1,) * 7, (7,)], ids=str)
+def test_chunk_by_chunk_is_the_whole_video(folder, vae, chunks):
+    latents = torch.randn(2, 4, 7, 4, 6)
+    parts = [vae.decode(part) for part in latents.split(chunks, dim=2)]
+    assert [part.shape[2] for part in parts] == [4 * chunks[0] - 3, *(4 * f for f in chunks[1:])]
+    video = torch.cat(parts, dim=2)
+    assert video.shape == (2, 3, vae.frames(7), 32, 48)
+    torch.testing.assert_close(video, whole(folder, latents), rtol=0, atol=1e-5)
+    assert video.std() > 0.05
+
+
+def test_reset_begins_another_video(vae):
+    latents = torch.randn(1, 4, 2, 4, 4)
+    first = vae.decode(latents)
+    assert vae.decode(latents).shape[2] == 8
+    vae.reset()
+    torch.testing.assert_close(vae.decode(latents), first, rtol=0, atol=0)
+
+
+def test_latents_that_do_not_fit(vae):
+    with pytest.raises(ValueError, match="latents"):
+        vae.decode(torch.zeros(1, 3, 1, 4, 4))
+    vae.decode(torch.zeros(2, 4, 1, 4, 4))
+    with pytest.raises(ValueError, match="got 1 videos, expected 2"):
+        vae.decode(torch.zeros(1, 4, 1, 4, 4))
+
+
+def test_text_is_as_in_wans_own_padded_call(text):
+    """Wan pads to text_len, masks, and drops the rows of the padding."""
+    prompts = ["a red cat", "a dog, running"]
+    ours = text.encode(prompts, text_len=24)
+    padded = text.tokenizer(prompts, padding="max_length", max_length=24, return_tensors="pt")
+    with torch.no_grad():
+        rows = text.encoder(padded.input_ids, padded.attention_mask).last_hidden_state
+    for i, own in enumerate(ours):
+        length = int(padded.attention_mask[i].sum())
+        assert own.shape == (length, text.width) and length < 24
+        torch.testing.assert_close(own, rows[i, :length], rtol=0, atol=1e-5)
+
+
+def test_prompts_are_cleaned_as_wan_does():
+    assert wan_text.clean("  a\tcat &amp;amp; \n a dog ") == "a cat & a dog"
+    assert wan_text.clean("the cat\u00e2\u20ac\u2122s") == "the cat's"
+
+
+def test_a_prompt_that_is_too_long(text):
+    assert len(text.tokenize(["a" * 6], text_len=8)[0]) == 8
+    with pytest.raises(ValueError, match=r"prompt: got 9 tokens in 'a{7}', expected at most text_len = 8"):
+        text.encode(["b", "a" * 7], text_len=8)
+
+
+def test_a_folder_of_another_layout(tmp_path):
+    with pytest.raises(FileNotFoundError, match="diffusers' layout, with vae/"):
+        part_of(tmp_path, "vae")
+
+
+@pytest.mark.parametrize("package, load", [("diffusers", wan_vae.WanVAE.load), ("transformers", wan_text.WanText.load)])
+def test_missing_package_names_the_extra(monkeypatch, folder, package, load):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"needs {package}: pip install raven-kernels\[wan\]"):
+        load(folder)
+
+
+def test_missing_ftfy_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs ftfy: pip install raven-kernels\[wan\]"):
+        wan_text.clean("a cat")
