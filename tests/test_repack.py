@@ -7,6 +7,7 @@ import torch
 from tiny_wan import CONFIG, tiny_inputs, tiny_model
 
 from raven.layout import ChunkLayout
+from raven.reference import chunk_attention as reference
 from raven.repack import bidirectional_forward, blockwise_forward, repacked_forward, split_frames
 from raven.stream import Stream
 
@@ -113,8 +114,7 @@ def test_gradient_into_the_history(detach):
         return hook
 
     for i, block in enumerate(model.blocks):
-        block.self_attn.k.register_forward_hook(keep(f"k{i}"))
-        block.self_attn.v.register_forward_hook(keep(f"v{i}"))
+        block.self_attn.qkv.register_forward_hook(keep(f"qkv{i}"))
     embed = model.embed
 
     def embed_and_keep(patches):
@@ -128,9 +128,12 @@ def test_gradient_into_the_history(detach):
     assert x_0.grad is None, "the clean end points are constants"
     # Four tokens a frame; packed: noisy 0, clean 0, noisy 1, clean 1, noisy 2.
     segments = dict(zip(("z0", "x0", "z1", "x1", "z2"), ((0, 4), (4, 8), (8, 16), (16, 24), (24, 32)), strict=True))
-    assert set(kept) == {"tokens", "k0", "k1", "k2", "v0", "v1", "v2"}
-    for tensor in kept.values():
-        reached = {name: bool((tensor.grad[:, a:b] != 0).any()) for name, (a, b) in segments.items()}
+    grads = {"tokens": kept.pop("tokens").grad}
+    assert set(kept) == {"qkv0", "qkv1", "qkv2"}
+    for name, tensor in kept.items():
+        _, grads["k" + name], grads["v" + name] = tensor.grad.chunk(3, dim=-1)
+    for grad in grads.values():
+        reached = {name: bool((grad[:, a:b] != 0).any()) for name, (a, b) in segments.items()}
         assert reached == {"z0": False, "x0": not detach, "z1": False, "x1": not detach, "z2": True}
 
 
@@ -158,18 +161,73 @@ def test_gradient_is_the_slope(order):
     torch.testing.assert_close(slope, (values[0] - values[1]) / (2 * step), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("detach", [False, True])
-def test_gradient_checkpointing_changes_nothing(detach):
+def test_gradient_checkpointing_changes_nothing(detach, autocast, monkeypatch):
+    """Neither the velocity nor a gradient; and how often the self-attention of a block runs forward in each mode."""
     model = tiny_model()
     x_t, x_0, t, context = tiny_inputs(6)
-    grads = []
-    for checkpointing in (False, True):
-        model.gradient_checkpointing = checkpointing
+    x_t.requires_grad_()
+    forward, runs = reference.chunk_attention_forward, []
+
+    def counted(q, k, v, *rest):
+        runs.append(k.shape[1])
+        return forward(q, k, v, *rest)
+
+    monkeypatch.setattr(reference, "chunk_attention_forward", counted)
+    results, counts = [], {}
+    for mode in ("none", "selective", "full"):
+        model.gradient_checkpointing = mode
         model.zero_grad()
-        repacked_forward(model, x_t, x_0, t, context, 2, detach_history=detach).square().sum().backward()
-        grads.append([w.grad.clone() for w in model.parameters()])
+        x_t.grad = None
+        runs.clear()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            v = repacked_forward(model, x_t, x_0, t, context, 2, detach_history=detach)
+            v.square().sum().backward()  # inside, where autocast's cache of casts still lives
+        counts[mode] = runs.count(40) / CONFIG.num_layers  # keys of the row: 3 noisy and 2 clean chunks of 8 tokens
+        results.append([v, x_t.grad, *(w.grad.clone() for w in model.parameters())])
+    assert counts == {"none": 1, "selective": 1, "full": 2}
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert all(g.abs().max() > 0 for g in results[0]), "every parameter, text and last layer included, is trained"
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointing_trains_what_is_trainable(mode):
+    """Some weights frozen, gradients asked for by name, a text that is trained: as without checkpointing."""
+    x_t, x_0, t, context = tiny_inputs(4, torch.float64)
+    grads = []
+    for chosen in ("none", mode):
+        model = tiny_model(torch.float64)
+        model.requires_grad_(False)
+        wanted = [model.blocks[1].ffn[0].weight, model.blocks[2].self_attn.o.bias]
+        for weight in wanted:
+            weight.requires_grad_()
+        model.gradient_checkpointing = chosen
+        text = model.encode_text(context)
+        keys = [k.requires_grad_() for k in text.k]
+        loss = repacked_forward(model, x_t, x_0, t, text, 2).square().sum()
+        grads.append(torch.autograd.grad(loss, [*wanted, *keys]))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-    assert all(g.abs().max() > 0 for g in grads[0]), "every parameter, text and last layer included, is trained"
+
+
+def test_checkpointing_needs_no_gradient():
+    model = tiny_model().requires_grad_(False)
+    x_t, x_0, t, context = tiny_inputs(4)
+    want = repacked_forward(model, x_t, x_0, t, context, 2)
+    model.gradient_checkpointing = "selective"
+    assert torch.equal(repacked_forward(model, x_t, x_0, t, context, 2), want)
+
+
+def test_gradient_checkpointing_modes():
+    model = tiny_model()
+    assert model.gradient_checkpointing == "none"
+    for value, mode in ((True, "full"), (False, "none"), ("selective", "selective")):
+        model.gradient_checkpointing = value
+        assert model.gradient_checkpointing == mode
+    for wrong in ("some", None, 1):
+        with pytest.raises(ValueError, match="gradient_checkpointing: got .*expected one of none, selective, full"):
+            model.gradient_checkpointing = wrong
 
 
 def test_autocast_trains_float32_weights():
@@ -180,7 +238,7 @@ def test_autocast_trains_float32_weights():
         v = repacked_forward(model, x_t, x_0, t, context, 2)
         cached = cached_forward(model, x_t, x_0, t, context, (2, 2, 2), 0, None)
     v.square().sum().backward()
-    assert v.dtype == torch.float32 and model.blocks[0].self_attn.k.weight.grad.dtype == torch.float32
+    assert v.dtype == torch.float32 and model.blocks[0].self_attn.qkv.weight.grad.dtype == torch.float32
     error = (v - want).norm() / want.norm()
     assert 0 < error < 3e-2
     assert (cached - v).norm() / want.norm() < error

@@ -1,5 +1,6 @@
 """The Wan transformer: the numbers of diffusers' own, its config, its text, its time levels."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from tiny_wan import CONFIG, tiny_inputs, tiny_model
 
 from raven.checkpoint import normalize_state_dict
 from raven.models import CausalWan, TextCache, WanConfig
+from raven.models.mlp import Mlp
 from raven.repack import bidirectional_forward
 
 
@@ -108,6 +110,85 @@ def test_parameter_names():
         "patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2",
         "time_projection.1", "head.head", "head.modulation",
     }  # fmt: skip
+
+
+def test_fused_projection_is_three_layers_in_a_state_dict():
+    model = tiny_model()
+    dim, attention = CONFIG.dim, model.blocks[0].self_attn
+    assert attention.qkv.weight.shape == (3 * dim, dim)
+    state = model.state_dict()
+    order = [name.removeprefix("blocks.0.self_attn.") for name in state if name.startswith("blocks.0.self_attn.")]
+    thirds = [f"{part}.{kind}" for kind in ("weight", "bias") for part in "qkv"]
+    assert set(order) == {*thirds, "o.weight", "o.bias", "norm_q.weight", "norm_k.weight"}
+    for i, part in enumerate("qkv"):
+        rows = slice(i * dim, (i + 1) * dim)
+        assert torch.equal(state[f"blocks.0.self_attn.{part}.weight"], attention.qkv.weight[rows])
+        assert torch.equal(state[f"blocks.0.self_attn.{part}.bias"], attention.qkv.bias[rows])
+    other = copy.deepcopy(tiny_model(seed=1))
+    assert not other.load_state_dict(state).missing_keys
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))
+    assert list(state) == list(model.state_dict()), "loading takes nothing out of the caller's dict"
+
+
+def test_fused_projection_says_what_does_not_fit():
+    model, name = tiny_model(), "blocks.1.self_attn.k.weight"
+    before = model.blocks[1].self_attn.qkv.weight.clone()
+    state = tiny_model(seed=1).state_dict()
+    whole = {**state}
+    del state[name]
+    with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
+        model.load_state_dict(state)
+    model.load_state_dict(tiny_model().state_dict())
+    assert model.load_state_dict(state, strict=False).missing_keys == [name]
+    q, k, v = model.blocks[1].self_attn.qkv.weight.chunk(3)
+    assert torch.equal(k, before.chunk(3)[1]) and torch.equal(q, state[name.replace(".k.", ".q.")])
+    with pytest.raises(RuntimeError, match=rf"size mismatch for {name}: got shape \(63, 64\), expected \(64, 64\)"):
+        model.load_state_dict({**whole, name: whole[name][1:]})
+    with torch.device("meta"):
+        empty = CausalWan(CONFIG)
+    assert empty.load_state_dict(state, strict=False, assign=True).missing_keys == [name]
+
+
+def test_fused_projection_starts_as_three_layers():
+    bound = (6 / (2 * CONFIG.dim)) ** 0.5  # Xavier's, of a square layer
+    weights = torch.stack([block.self_attn.qkv.weight.detach() for block in CausalWan(CONFIG).blocks])
+    for third in weights.chunk(3, dim=1):
+        assert 0.98 * bound < third.abs().max() <= bound
+
+
+def test_mlp_gradients():
+    torch.manual_seed(0)
+    mlp = Mlp(6, 10).double()
+    plain = torch.nn.Sequential(*mlp)
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(mlp(x), plain(x)) and torch.equal(mlp(x.detach()), plain(x.detach()))
+    with torch.no_grad():
+        assert torch.equal(mlp(x), plain(x))
+    weights = list(mlp.parameters())
+    g = torch.randn(2, 3, 6, dtype=torch.float64)
+    got, want = (torch.autograd.grad(m(x), [x, *weights], g) for m in (mlp, plain))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-14, rtol=1e-12)
+    for i in range(5):  # each alone, the others frozen
+        tensors = [x, *weights]
+        for j, tensor in enumerate(tensors):
+            tensor.requires_grad_(i == j)
+        (alone,) = torch.autograd.grad(mlp(x), [tensors[i]], g)
+        assert torch.equal(alone, got[i])
+
+
+def test_mlp_calls_layers_that_were_swapped():
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    mlp = Mlp(6, 10)
+    x = torch.randn(3, 6)
+    want = mlp[2](torch.nn.functional.gelu(2 * mlp[0](x), approximate="tanh"))
+    swapped = Doubled(6, 10)
+    swapped.load_state_dict(mlp[0].state_dict())
+    mlp[0] = swapped
+    torch.testing.assert_close(mlp(x), want)
 
 
 def test_patch_embedding_is_the_convolution():

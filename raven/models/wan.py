@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from raven.cache import KVCache
 from raven.errors import check_dtype, check_level, check_same_device, check_shape
+from raven.graphs import held_by_graphs
 from raven.layout import ChunkLayout
 from raven.models.config import WanConfig
 from raven.models.layers import Attend, Block, Head, StopWhere, wide
@@ -28,6 +29,7 @@ from raven.models.packing import (
     patchify,
     unpatchify,
 )
+from raven.models.recompute import checkpointed, checkpointing_mode
 from raven.ops import chunk_attention, kv_append, qk_norm_rope
 from raven.spans import Spans
 
@@ -74,17 +76,29 @@ Context = TextCache | torch.Tensor | Sequence[torch.Tensor]
 LATENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def _time_rates(half: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Angles of the time embedding's sinusoids per unit of noise level (1000 steps), ``[half]``."""
+    return held_by_graphs(_cached_time_rates(half, dtype, device))
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _cached_time_rates(half: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    rates = 1000 * torch.pow(10000.0, torch.arange(half, dtype=torch.float64).div(-half))
+    return rates.to(device=device, dtype=dtype)
+
+
 class CausalWan(nn.Module):
     """The Wan transformer on a packed row of chunks, on a key/value cache, or on a whole video at once.
 
-    Set ``gradient_checkpointing = True`` to recompute every block in the backward pass. Most callers use
-    ``raven.repack`` and ``raven.stream``.
+    ``gradient_checkpointing`` says what the backward pass recomputes of every block: "none" of it, all but its
+    self-attention ("selective"), or all ("full"; ``True``). Most callers use ``raven.repack`` and ``raven.stream``.
     """
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = "none"
         dim = config.dim
         # Used as one matrix product over patches; a convolution only so that the checkpoint's shape loads as it is.
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
@@ -99,9 +113,11 @@ class CausalWan(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise as Wan does: Xavier for the linear layers, a zero head, so that training starts at velocity 0."""
+        fused = [block.self_attn.qkv for block in self.blocks]  # three layers as far as Xavier is concerned
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                for weight in module.weight.chunk(3) if module in fused else (module.weight,):
+                    nn.init.xavier_uniform_(weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
         nn.init.zeros_(self.patch_embedding.bias)
@@ -109,6 +125,15 @@ class CausalWan(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
+
+    @property
+    def gradient_checkpointing(self) -> str:
+        """ "none", "selective" or "full"; ``True`` and ``False`` may be set for "full" and "none"."""
+        return self._checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, mode: str | bool) -> None:
+        self._checkpointing = checkpointing_mode(mode)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,9 +158,7 @@ class CausalWan(nn.Module):
 
     def embed_levels(self, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Time embedding ``[B, n, dim]`` and its projection ``[B, n, 6, dim]`` of noise levels ``[B, n]`` in [0, 1]."""
-        half = self.config.freq_dim // 2
-        rates = torch.arange(half, dtype=torch.float64, device=levels.device).div(-half)
-        angles = (1000 * levels.double()).unsqueeze(-1) * torch.pow(10000.0, rates)
+        angles = levels.unsqueeze(-1) * _time_rates(self.config.freq_dim // 2, levels.dtype, levels.device)
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype)
         with torch.autocast(levels.device.type, enabled=False):  # a few rows: their precision costs nothing
             time = self.time_embedding(sinusoid)
@@ -225,10 +248,7 @@ class CausalWan(nn.Module):
                 levels = F.pad(levels, (1, 0))
                 chunks = (x_0.shape[2], *chunks)
                 keep = last_segment(lengths, x.device)
-            if positions is None:
-                first, count = frame - sum(chunks[:-1]), sum(chunks)
-                positions = frame_positions(first, count, rows, columns, self.device)
-            attend = self._cached(cache, frame, chunks, rows * columns, positions, write_only)
+            attend = self._cached(cache, frame, chunks, (rows, columns), positions, write_only)
         else:
             if layout is None:
                 layout = ChunkLayout.bidirectional(x.shape[2], rows * columns)
@@ -247,10 +267,8 @@ class CausalWan(nn.Module):
                 block.attention(tokens, block.table(table), lengths, i, attend)
                 return None
             args = (tokens, table, lengths, (text.k[i], text.v[i]), i, attend, keep if i == last else None)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(
-                    block, *args, use_reentrant=False, preserve_rng_state=False
-                )  # nothing random inside
+            if self.gradient_checkpointing != "none" and torch.is_grad_enabled():
+                tokens = checkpointed(self.gradient_checkpointing, block, *args)
             else:
                 tokens = block(*args)
         if keep is not None:
@@ -287,11 +305,11 @@ class CausalWan(nn.Module):
     def _packed(self, packing: Packing, detach_history: bool) -> Attend:
         eps = self.config.eps
 
-        def attend(layer, q, k, v, q_weight, k_weight):
+        def attend(layer, q, k, v, q_weight, k_weight, attention=chunk_attention):
             q, k = qk_norm_rope(q, k, q_weight, k_weight, packing.positions, eps=eps)
             if detach_history and packing.has_clean:
                 k, v = StopWhere.apply(k, packing.clean), StopWhere.apply(v, packing.clean)
-            return chunk_attention(q, k, v, packing.layout)
+            return attention(q, k, v, packing.layout)
 
         return attend
 
@@ -306,17 +324,19 @@ class CausalWan(nn.Module):
         cache: KVCache,
         frame: int,
         chunks: tuple[int, ...],
-        tokens_per_frame: int,
-        positions: torch.Tensor,
+        grid: tuple[int, int],
+        positions: torch.Tensor | None,
         write_only: bool,
     ) -> Attend:
         """``chunks``: frames of the chunk in flight that begins at ``frame``, or of the one before it and of it."""
         if torch.is_grad_enabled():
             raise ValueError("cache: got gradients switched on, expected torch.no_grad(): it is written in place")
-        first = frame - sum(chunks[:-1])
-        cache.begin(chunks[0] * tokens_per_frame, first, chunks[0])
+        first, per_frame = frame - sum(chunks[:-1]), grid[0] * grid[1]
+        cache.begin(chunks[0] * per_frame, first, chunks[0])
         if len(chunks) > 1:
-            cache.begin_next(chunks[1] * tokens_per_frame, frame, chunks[1])
+            cache.begin_next(chunks[1] * per_frame, frame, chunks[1])
+        if positions is None:
+            positions = frame_positions(first, sum(chunks), *grid, self.device)
         # Nothing after the last layer's attention needs the finished chunk.
         spans, newest = cache.spans, Spans.build(cache.spans.rows()[-1:])
         eps, last = self.config.eps, len(self.blocks) - 1
