@@ -58,7 +58,7 @@ def _append_kernel(
     position_ptr, slot_ptr, frequency_ptr, total, length, q_batch, q_token, k_batch, k_token, v_batch, v_token,
     position_batch, k_cache_batch, k_cache_row, v_cache_batch, v_cache_row, scale_batch, eps,
     QH: tl.constexpr, QA: tl.constexpr, QB: tl.constexpr, KH: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
-    DIM: tl.constexpr, PER_HEAD: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    DIM: tl.constexpr, PER_HEAD: tl.constexpr, ROTATE_KEYS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As the forward kernel of qk_norm_rope; keys and values go to row slot[token] of the caches [B, S, H, D]."""
     first = tl.program_id(0) * TOKENS
@@ -78,6 +78,9 @@ def _append_kernel(
         cos, sin = cos_sin(position_ptr + batch * position_batch + token * 3, frequency, DIM)
         qa, qb = norm_rotate(qa, qb, q_weight_ptr, cos, sin, eps, QH, QA, QB, DIM, PER_HEAD)
         store_row(q_out_ptr + n.to(tl.int64) * (QH * DIM), qa, qb, QH, QA, QB, DIM)
+        if not ROTATE_KEYS:
+            cos = tl.full([DIM // 2], 1.0, tl.float32)
+            sin = tl.zeros([DIM // 2], tl.float32)
         ka, kb = norm_rotate(ka, kb, k_weight_ptr, cos, sin, eps, KH, KA, KB, DIM, PER_HEAD)
         if slot >= 0:
             store_cached(v_cache_ptr, v_scale_ptr, batch, slot, v_cache_batch, v_cache_row, scale_batch, va, vb,
@@ -89,7 +92,7 @@ def _append_kernel(
 def append(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, positions: Tensor, slots: Tensor,
     k_cache: Tensor, v_cache: Tensor, eps: float, theta: float, per_head: bool, k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
+    v_scale: Tensor | None = None, rotate_keys: bool = True,
 ) -> Tensor:  # fmt: skip
     """Arguments as in ``raven.ops.kv_append``, the caches with the heads of a row packed; packed queries.
 
@@ -108,7 +111,8 @@ def append(
             slots.contiguous(), frequency_table(D, theta, q.device), B * L, L, q.stride(0), q.stride(1), k.stride(0),
             k.stride(1), v.stride(0), v.stride(1), position_batch, k_cache.stride(0), k_cache.stride(1),
             v_cache.stride(0), v_cache.stride(1), 0 if k_scale is None else k_scale.stride(0), eps,
-            H, cut.qa, cut.qb, k.shape[2], cut.ka, cut.kb, D, per_head, config["tokens"], config["stages"],
+            H, cut.qa, cut.qb, k.shape[2], cut.ka, cut.kb, D, per_head, rotate_keys, config["tokens"],
+            config["stages"],
             num_warps=cut.warps,
         )  # fmt: skip
     return q_out
@@ -131,7 +135,9 @@ def aot_cases(capability: int) -> Iterator[tuple]:
             signature |= dict.fromkeys(weights, "*" + weight)
         else:
             constants |= dict.fromkeys(weights)
-        yield _append_kernel, signature, constants | dict.fromkeys(scales), options
-        if capability >= 89:
-            float8 = dict.fromkeys(caches, "*fp8e4nv") | dict.fromkeys(scales, "*fp32")
-            yield _append_kernel, signature | float8, constants, options
+        for rotate_keys in (True, False) if dtype == "bf16" else (True,):
+            constants |= {"ROTATE_KEYS": rotate_keys}
+            yield _append_kernel, signature, constants | dict.fromkeys(scales), options
+            if capability >= 89:
+                float8 = dict.fromkeys(caches, "*fp8e4nv") | dict.fromkeys(scales, "*fp32")
+                yield _append_kernel, signature | float8, constants, options

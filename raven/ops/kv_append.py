@@ -38,7 +38,8 @@ def kv_append(
         q: ``[B, L, H, D]``; k, v: ``[B, L, Hk, D]``; other arguments as in ``qk_norm_rope``. ``L`` is the length of
             ``cache.slots``.
         cache: an open ``KVCache`` (after ``begin``) whose buffers are ``[B, S, Hk, D]`` of any floating dtype. One of
-            float8 e4m3 gets, for each head of a token, a scale of amax / 448 and the numbers divided by it.
+            float8 e4m3 gets, for each head of a token, a scale of amax / 448 and the numbers divided by it. One with
+            ``keys="raw"`` gets normalised keys without rotation; only q is rotated then.
         layer: index of the layer whose buffers are written.
 
     Returns:
@@ -72,7 +73,7 @@ def kv_append(
         check_same_device(name, x, "q", q)
     check_dtype("cache.v", v_cache, (k_cache.dtype,))
     arguments = (q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache)
-    options = (float(eps), float(theta), per_head)
+    options = (float(eps), float(theta), per_head, cache.keys == "rotated")
     k_scale, v_scale = cache.k_scale[layer], cache.v_scale[layer]
     if k_scale is None or v_scale is None:
         return _kv_append(*arguments, *options)
@@ -93,12 +94,16 @@ def _kv_append(
     eps: float,
     theta: float,
     per_head: bool,
+    rotate_keys: bool = True,
 ) -> torch.Tensor:
-    return _run(q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, eps, theta, per_head)
+    scales = None, None
+    return _run(
+        q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, *scales, rotate_keys, eps, theta, per_head
+    )
 
 
 @_kv_append.register_fake
-def _(q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, eps, theta, per_head):
+def _(q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, eps, theta, per_head, rotate_keys=True):
     return q.new_empty(q.shape)
 
 
@@ -119,29 +124,40 @@ def _kv_append_float8(
     eps: float,
     theta: float,
     per_head: bool,
+    rotate_keys: bool = True,
 ) -> torch.Tensor:
-    return _run(q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, eps, theta, per_head, k_scale, v_scale)
+    scales = k_scale, v_scale
+    return _run(
+        q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, *scales, rotate_keys, eps, theta, per_head
+    )
 
 
 @_kv_append_float8.register_fake
-def _(q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, k_scale, v_scale, eps, theta, per_head):
+def _(
+    q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, k_scale, v_scale, eps, theta, per_head,
+    rotate_keys=True,
+):  # fmt: skip
     return q.new_empty(q.shape)
 
 
-def _run(q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, *others):
-    backend = backends.select("kv_append", q, k, v, q_weight, k_weight, k_cache, v_cache)
+def _run(
+    q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, k_scale, v_scale, rotate_keys, eps, theta, per_head
+):
+    backend = backends.select("kv_append", q, k, v, q_weight, k_weight, k_cache, v_cache, rotate_keys)
     if backend == "cuda":
         run = _cuda_append
     elif backend == "triton":
         from raven.kernels.kv_append import append as run
     else:
         run = reference.kv_append
-    return run(q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, *others)
+    options = (eps, theta, per_head, k_scale, v_scale, rotate_keys)
+    return run(q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, *options)
 
 
 def _cuda_append(
-    q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, eps, theta, per_head, k_scale=None, v_scale=None
+    q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, eps, theta, per_head, k_scale, v_scale, rotate_keys
 ):
+    assert rotate_keys  # ``_cuda_reason`` leaves the other case to Triton
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.shape[0] * q.shape[1]:
         with torch.cuda.device_of(q):
@@ -159,6 +175,8 @@ def _caches(tensors: tuple[object, ...]) -> list[tuple[str, torch.Tensor]]:
 
 
 def _cuda_reason(*tensors: object) -> str | None:
+    if tensors[7:8] == (False,):
+        return "keys are stored raw, and this kernel rotates them"
     q = tensors[0] if tensors else None
     for name, x in _caches(tensors):
         if isinstance(q, torch.Tensor) and x.dtype not in (q.dtype, torch.float8_e4m3fn):

@@ -43,18 +43,21 @@ def kv_append(
     per_head: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    rotate_keys: bool = True,
 ) -> Tensor:
     """Return the new queries; write new keys, and values as they are, to rows ``slots`` of the caches.
 
     ``slots [L]`` int32, one row for each token, the same for the whole batch; a negative slot is not written.
     Arguments otherwise as in ``raven.ops.qk_norm_rope``; caches ``[B, S, H, D]`` of any floating dtype, to which keys
     are rounded straight from the dtype of computation. Caches of float8 e4m3 come with ``k_scale`` and ``v_scale``
-    ``[B, S, H]`` float32, which get the scales of ``quantize``.
+    ``[B, S, H]`` float32, which get the scales of ``quantize``. Without ``rotate_keys`` they are only normalised.
     """
     dtype = compute_dtype(q)
     cos, sin = cos_sin(positions, q.shape[-1], theta, dtype)
     q_out = rotate(norm(q.to(dtype), q_weight, eps, per_head), cos, sin).to(q.dtype)
-    k_out = rotate(norm(k.to(dtype), k_weight, eps, per_head), cos, sin)
+    k_out = norm(k.to(dtype), k_weight, eps, per_head)
+    if rotate_keys:
+        k_out = rotate(k_out, cos, sin)
     kept = (slots >= 0).nonzero().squeeze(-1)
     rows = slots[kept].long()
     for new, cache, scale in ((k_out, k_cache, k_scale), (v, v_cache, v_scale)):
