@@ -336,7 +336,7 @@ class CausalWan(nn.Module):
         if len(chunks) > 1:
             cache.begin_next(chunks[1] * per_frame, frame, chunks[1])
         if positions is None:
-            positions = frame_positions(first, sum(chunks), *grid, self.device)
+            positions = frame_positions(cache.query_frame, sum(chunks), *grid, self.device)
         # Nothing after the last layer's attention needs the finished chunk.
         spans, newest = cache.spans, Spans.build(cache.spans.rows()[-1:])
         eps, last = self.config.eps, len(self.blocks) - 1
