@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,11 +76,21 @@ def pytest_pyfunc_call(pyfuncitem):
 class Bench:
     """The recorder, and pytest-benchmark's own statistics beside it."""
 
-    def __init__(self, recorder: Recorder, benchmark, peers: bool) -> None:
-        self.recorder, self.benchmark, self.peers = recorder, benchmark, peers
+    def __init__(self, recorder: Recorder, benchmark, peers: bool, capture) -> None:
+        self.recorder, self.benchmark, self.peers, self._capture = recorder, benchmark, peers, capture
+
+    def progress(self, text: str) -> None:
+        """A line on stderr while a long bench runs."""
+        with self._capture.global_and_fixture_disabled():
+            print(text, file=sys.stderr, flush=True)
 
     def row(self, **arguments):
         """One row; see ``harness.Recorder.row``."""
+        if measure := arguments.get("measure"):  # takes seconds: pytest-benchmark looks on and repeats nothing
+            once = dict(rounds=1, iterations=1)
+            row = self.recorder.row(**arguments | {"measure": lambda: self.benchmark.pedantic(measure, **once)})
+            self.benchmark.extra_info.update({k: v for k, v in row.items() if isinstance(v, (str, int, float))})
+            return row
         row = self.recorder.row(**arguments)
         run = arguments["run"]
         first = run if callable(run) else run[0]
@@ -100,7 +111,8 @@ def bench(request, benchmark):
     torch.manual_seed(0)
     previous = get_backend()
     raven.set_backend(request.param)
-    yield Bench(request.config.stash[recorder_key], benchmark, request.config.getoption("--raven-peers"))
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    yield Bench(request.config.stash[recorder_key], benchmark, request.config.getoption("--raven-peers"), capture)
     raven.set_backend(previous)
 
 

@@ -37,7 +37,7 @@ Run = Callable[[], object]
 Runs = Run | Sequence[Run]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNITS = ("TB/s", "TFLOP/s")
-DIRECTIONS = ("forward", "backward", "backward-deterministic", "forward+backward")
+DIRECTIONS = ("forward", "backward", "backward-deterministic", "forward+backward", "update")
 RESULTS = Path(__file__).parent / "results"
 # Enough copies of a small job's memory that one round of them does not fit into any GPU's L2 cache.
 CACHE_BYTES = 256 * 2**20
@@ -85,13 +85,14 @@ class Recorder:
         direction: str,
         backend: str,
         check: Callable[[], Mapping[str, float] | float | None],
-        run: Runs,
         work: float,
         unit: str,
+        run: Runs | None = None,
+        measure: Callable[[], float] | None = None,
         peers: Mapping[str, Runs] | Callable[[], Mapping[str, Runs]] | None = None,
         peer_check: Callable[[str], float] | None = None,
         graph: bool = False,
-        extra: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
     ) -> dict[str, Any]:
         """Check, then measure ``run`` and the peers, and keep the row; a failed check raises and leaves no row.
 
@@ -99,6 +100,7 @@ class Recorder:
             op, case, direction, backend: the row's name; directions are those of ``DIRECTIONS``.
             check: asserts that ``run``'s results are right; may return measured errors, which the row keeps.
             run: one call, or several on separate memory that take turns (see ``rounds_beyond_cache``).
+            measure: for jobs of seconds, instead of ``run``: takes the measurement and returns its milliseconds.
             work: useful floating point operations, or bytes that must be moved, of one call.
             unit: "TFLOP/s" or "TB/s".
             peers: the same job by others, timed in the same way right after; or a function that makes them, called
@@ -106,13 +108,15 @@ class Recorder:
             peer_check: asserts that a peer's result is right and returns its error. One that is not right, or does not
                 run, is left out with its reason.
             graph: time replays of a CUDA graph: device time without the host's.
-            extra: further entries of the row.
+            extra: further entries of the row, or a function that gives them after the measurement.
         """
+        if (run is None) == (measure is None):
+            raise ValueError(f"run, measure: got {'both' if run else 'neither'}, expected one of them")
         if direction not in DIRECTIONS:
             raise ValueError(f"direction: got {direction!r}, expected one of {', '.join(DIRECTIONS)}")
         roof = self.roof(unit)
         errors = check()
-        ms = self._time(run, graph)
+        ms = measure() if measure else self._time(run, graph)
         rate = work / ms / 1e9
         others = self._measured_peers((op, case, direction), peers, peer_check, graph)
         if found := {name: error for name, (_, error) in others.items() if error is not None}:
@@ -130,7 +134,7 @@ class Recorder:
             "peers": {name: ms for name, (ms, _) in others.items()},
             "timer": ("graph" if graph else "events") if self.device == "cuda" else "wall",
             "errors": errors if errors is None or isinstance(errors, float) else dict(errors),
-            **(extra or {}),
+            **((extra() if callable(extra) else extra) or {}),
         }
         self.rows.append(row)
         return row

@@ -29,7 +29,7 @@ INTENSITY = {
 
 
 def plot_results(results: Mapping[str, Any], path: str | Path) -> list[Path]:
-    """Draw ``<path>.png``, and where there are rows for them ``-roofline.png`` and ``-lengths.png`` beside it.
+    """Draw ``<path>.png``, and where there are rows for them ``-roofline``, ``-lengths`` and ``-phases`` beside it.
 
     ``path`` may have any suffix. Returns the files; none without matplotlib.
     """
@@ -39,7 +39,7 @@ def plot_results(results: Mapping[str, Any], path: str | Path) -> list[Path]:
         return []
     path = Path(path)
     saved = []
-    for ending, draw in (("", _shares), ("-roofline", _roofline), ("-lengths", _lengths)):
+    for ending, draw in (("", _shares), ("-roofline", _roofline), ("-lengths", _lengths), ("-phases", _phases)):
         figure = draw(results)
         if figure is not None:
             saved.append(path.with_name(f"{path.stem}{ending}.png"))
@@ -178,6 +178,29 @@ def _lengths(results: Mapping[str, Any]) -> Figure | None:
         axes.set_ylabel("TFLOP/s")
         axes.set_ylim(0, None)
     figure.suptitle(f"chunk_attention, bf16, 12 heads of 128: {_title(results)}", fontsize=11)
+    return figure
+
+
+def _phases(results: Mapping[str, Any]) -> Figure | None:
+    """Where the time of whole steps goes: a bar for each row, a colour for each phase."""
+    rows = [row for row in results["rows"] if row.get("phases_ms")][::-1]
+    if not rows:
+        return None
+    names = list(dict.fromkeys(name for row in rows[::-1] for name in row["phases_ms"]))
+    figure = _figure(9.5, 1.6 + 0.45 * len(rows) + 0.05 * len(names))
+    axes = figure.add_subplot()
+    left = [0.0] * len(rows)
+    for number, name in enumerate(names):
+        seconds = [row["phases_ms"].get(name, 0.0) / 1e3 for row in rows]
+        hatch = "//" if number > 9 else None
+        bars = axes.barh(range(len(rows)), seconds, left=left, color=f"C{number % 10}", hatch=hatch, label=name)
+        left = [a + b for a, b in zip(left, seconds, strict=True)]
+    axes.bar_label(bars, labels=[f"{whole:.2f} s" for whole in left], padding=3, fontsize=8)
+    axes.set_yticks(range(len(rows)), [f"{row['case']}\n{row['backend']}" for row in rows], fontsize=8)
+    axes.set_xlim(0, 1.1 * max(left))
+    axes.set_xlabel("seconds")
+    axes.set_title(f"where the time goes: {_title(results)}", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
 
 

@@ -1,7 +1,7 @@
-"""What the kernels are held to on one H200, and how far the rows of a run are from it.
+"""What the kernels and the model are held to on one H200, and how far the rows of a run are from it.
 
 Every ratio is taken within one run: to a peer that was measured beside the row, to the measured roof, to the same
-backend's own rate for another job.
+backend's own rate for another job. Whole steps and streams have absolute limits: seconds, memory, frames per second.
 """
 
 from __future__ import annotations
@@ -84,6 +84,46 @@ TARGETS = (
 )
 
 
+@dataclass(frozen=True)
+class Limit:
+    """An absolute figure of a row, its entry ``key``: at most ``must``, or with ``at_least`` not less.
+
+    backend: which rows it holds for; ``None``: all.
+    """
+
+    op: str
+    case: str
+    direction: str
+    key: str
+    unit: str
+    must: float
+    goal: float | None = None
+    backend: str | None = None
+    at_least: bool = False
+
+    @property
+    def job(self) -> str:
+        return f"{self.op} {self.case} {self.direction}"
+
+    def within(self, figure: float, limit: float) -> bool:
+        """Whether a measured figure keeps ``limit``."""
+        return figure >= limit if self.at_least else figure <= limit
+
+
+def _step() -> list[Limit]:
+    job = ("step", f"{MAIN}-selective", "forward+backward")
+    full = ("step", f"{MAIN}-full", "forward+backward")
+    return [
+        Limit(*job, "seconds", "s", 2.5, 2.2, backend="cuda"),
+        Limit(*job, "seconds", "s", 3.1, 2.2, backend="triton"),
+        Limit(*job, "peak_gib", "GiB", 22.0),
+        Limit(*full, "peak_gib", "GiB", 17.0),
+    ]
+
+
+LIMITS = (*_step(),)
+
+
 def find(rows: Sequence[Row], op: str, case: str, direction: str, backend: str) -> Row | None:
     """The row of that name, the last one where several are."""
     name = (op, case, direction, backend)
@@ -107,6 +147,17 @@ def format_targets(results: Mapping[str, Any]) -> str:
                 measured = f"{row['rate']:.4g} {row['unit']}"
                 numbers = [f"{ratio:.3f}", f"{target.must:.2f}", goal, verdict(target, ratio)]
                 lines.append([target.job, backend, measured, target.against, *numbers])
+    for limit in LIMITS:
+        names = [b for b in backends if limit.backend in (None, b)]
+        found = [(b, row) for b in names if (row := find(rows, limit.op, limit.case, limit.direction, b))]
+        figures = [(b, row[limit.key]) for b, row in found if limit.key in row]
+        if not figures:
+            missing.append(f"{limit.job} ({limit.unit}{', ' + limit.backend if limit.backend else ''})")
+        for backend, figure in figures:
+            bound = "at least" if limit.at_least else "at most"
+            goal = "-" if limit.goal is None else f"{limit.goal:g}"
+            numbers = [f"{figure / limit.must:.3f}", f"{limit.must:g}", goal, verdict_of(limit, figure)]
+            lines.append([limit.job, backend, f"{figure:.4g} {limit.unit}", bound, *numbers])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     text.insert(1, "  ".join("-" * width for width in widths).rstrip())
@@ -119,3 +170,9 @@ def verdict(target: Target, ratio: float) -> str:
     if ratio < target.must:
         return "missed"
     return "goal" if target.goal is not None and ratio >= target.goal else "holds"
+
+
+def verdict_of(limit: Limit, figure: float) -> str:
+    if not limit.within(figure, limit.must):
+        return "missed"
+    return "goal" if limit.goal is not None and limit.within(figure, limit.goal) else "holds"

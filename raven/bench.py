@@ -2,7 +2,8 @@
 
 A results file is JSON: ``gpu`` (name or ``null``), ``cpu``, ``date``, ``versions``, ``ceilings``, ``left_out`` (who has
 no figure, and why) and ``rows``; a row has ``op, case, direction, backend, ms, rate, unit, roof, percent, peers {name:
-ms}, timer`` and what its bench adds. A case has a row for each backend that can run it, with the same peers.
+ms}, timer`` and what its bench adds (whole steps: ``seconds``, ``phases_ms`` and on a GPU ``peak_gib``). A case has a
+row for each backend that can run it, with the same peers.
 """
 
 from __future__ import annotations
@@ -179,6 +180,8 @@ def _report(results: Mapping[str, Any]) -> str:
     parts = [format_table(results)]
     if left_out := results.get("left_out"):
         parts.append("\n".join(["left out:", *(f"  {who}: {reason}" for who, reason in left_out.items())]))
+    if phases := format_phases(results):
+        parts.append(f"where the time goes:\n{phases}")
     if targets := format_targets(results):
         parts.append(f"targets, on one H200:\n{targets}")
     return "\n\n".join(parts)
@@ -212,6 +215,20 @@ def format_table(results: Mapping[str, Any]) -> str:
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     text.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join([heading, software, *_ceilings(results), "", *text])
+
+
+def format_phases(results: Mapping[str, Any]) -> str:
+    """The phases of whole steps as text, one line each; nothing when no row has any."""
+    lines = []
+    for row in results["rows"]:
+        if not (phases := row.get("phases_ms")):
+            continue
+        whole = sum(phases.values())
+        peak = f", peak {row['peak_gib']:.1f} GiB" if "peak_gib" in row else ""
+        lines.append(f"{row['op']} {row['case']}, {row['backend']}: {whole / 1e3:.3g} s{peak}")
+        width = max(map(len, phases))
+        lines += [f"  {name.ljust(width)}  {ms:9.1f} ms  {100 * ms / whole:5.1f} %" for name, ms in phases.items()]
+    return "\n".join(lines)
 
 
 def _ratio(ratio: float) -> str:
