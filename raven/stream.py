@@ -1,49 +1,21 @@
-"""Chunk-by-chunk generation on a key/value cache, and sampling with a bidirectional model."""
+"""Chunk-by-chunk generation on a key/value cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from raven.cache import KVCache
+from raven.captured import CapturedChunks, latents
 from raven.errors import check_shape
 from raven.models.wan import CausalWan, Context, TextCache
 from raven.ops import consistency_step
-from raven.schedule import sampling_levels
+from raven.sampling import Generators, checked_levels, draw, guided, sample_bidirectional
 from raven.spans import check_int
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
-SAMPLERS = ("consistency", "ode")
-
-
-def _draw(shape: Sequence[int], generator: Generators, model: CausalWan) -> torch.Tensor:
-    """Standard normal latents ``[B, ...]``, drawn where the generator lives; a list has one generator a sample."""
-    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-    if generator is None or isinstance(generator, torch.Generator):
-        where = model.device if generator is None else generator.device
-        return torch.randn(tuple(shape), generator=generator, device=where, dtype=dtype).to(model.device)
-    if len(generator) != shape[0]:
-        raise ValueError(f"generator: got {len(generator)} generators, expected one or {shape[0]}")
-    return torch.cat([_draw((1, *shape[1:]), g, model) for g in generator])
-
-
-def _schedule(levels: torch.Tensor | Sequence[float] | None, sampler: str = "consistency") -> list[float]:
-    """Noise levels as numbers, checked once: descending, in (0, 1]. The sampler's name is checked with them."""
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler: got {sampler!r}, expected one of {', '.join(SAMPLERS)}")
-    values = [float(t) for t in (sampling_levels(4) if levels is None else levels)]
-    falling = all(a > b for a, b in zip(values, [*values[1:], 0.0], strict=False))
-    if not values or values[0] > 1 or not falling:
-        raise ValueError(f"levels: got {values}, expected descending levels in (0, 1]")
-    return values
-
-
-def _guided(v: torch.Tensor, guidance: float) -> torch.Tensor:
-    """Classifier-free guidance of a batch that holds the prompts, then the negative prompts."""
-    cond, uncond = v.chunk(2)
-    return uncond + guidance * (cond - uncond)
+__all__ = ["Rollout", "Stream", "rollout", "sample_bidirectional"]
 
 
 class Stream:
@@ -54,6 +26,11 @@ class Stream:
     and ``window`` count chunks of history; without a window the cache holds everything, and ``max_frames`` (or a list
     of chunk sizes) says how much that can be. With ``negative_context``, velocities are guided by ``guidance``
     (classifier-free), on a cache of twice the batch.
+
+    merge: the pass that encodes a finished chunk and the first one of the next chunk run as one forward, where the
+    cache allows it; the values are those of two. graphs: replay each chunk as CUDA graphs (see ``warm_up``); ``None``
+    means on a CUDA device. ``mode`` says what holds. cache_dtype, keys, ema: of ``KVCache``; the dtype is the model's
+    unless it is given.
     """
 
     @torch.no_grad()
@@ -69,6 +46,12 @@ class Stream:
         generator: Generators = None,
         negative_context: Context | None = None,
         guidance: float = 1.0,
+        *,
+        merge: bool = True,
+        graphs: bool | None = None,
+        cache_dtype: torch.dtype | None = None,
+        keys: str = "rotated",
+        ema: float | None = None,
     ) -> None:
         if len(latent_shape) != 3:
             raise ValueError(f"latent_shape: got {tuple(latent_shape)}, expected (C, H, W)")
@@ -87,15 +70,14 @@ class Stream:
             check_int("window", window, 0)
         if max_frames is not None:
             check_int("max_frames", max_frames, 1)
+        on_gpu = model.device.type == "cuda"
+        if graphs and not on_gpu:
+            raise ValueError(f"graphs: got True for a model on {model.device}, expected one on a CUDA device")
         self.model = model
-        self.text = model.encode_text(context)
-        self.batch = len(self.text)
+        self._graphs = CapturedChunks(model.device) if graphs or (graphs is None and on_gpu) else None
+        self.batch = len(context)
         self.guidance = guidance if negative_context is not None else None
-        if negative_context is not None:
-            negative = model.encode_text(negative_context)
-            if len(negative) != self.batch:
-                raise ValueError(f"negative_context: got {len(negative)} prompts, expected {self.batch}")
-            self.text = TextCache.cat([self.text, negative])
+        self.text = self._encode_text(context, negative_context)
         self.latent_shape = (channels, height, width)
         self.tokens_per_frame = (height // ph) * (width // pw)
         self.sizes = sizes
@@ -104,9 +86,59 @@ class Stream:
         self.max_frames = sum(sizes) if max_frames is None and not isinstance(chunk_frames, int) else max_frames
         if window is not None and max_frames is None:
             self.max_frames = None  # a ring has no end
+        self.merge = merge
+        self._cache_options = {"keys": keys, "ema": ema, "dtype": cache_dtype or model.compute_dtype}
+        self.grid = (height // ph, width // pw)
         self.frame = 0
         self.chunk = 0
         self._cache: KVCache | None = None
+        self._pending: torch.Tensor | None = None  # finished, but not yet encoded
+        self._finished: dict[int, torch.Tensor] = {}  # where such a chunk lies, by its frames
+
+    def _encode_text(self, context: Context, negative_context: Context | None) -> TextCache:
+        """Keys and values of the prompts, then of the negative ones; of one's own where graphs will overwrite them."""
+        text = self.model.encode_text(context)
+        if len(text) != self.batch:
+            raise ValueError(f"context: got {len(text)} prompts, expected {self.batch}")
+        if self.guidance is not None:
+            negative = self.text[self.batch :] if negative_context is None else self.model.encode_text(negative_context)
+            if len(negative) != self.batch:
+                raise ValueError(f"negative_context: got {len(negative)} prompts, expected {self.batch}")
+            return TextCache.cat([text, negative])
+        if text is context and self._graphs is not None:
+            return TextCache(*(tuple(x.clone() for x in pair) for pair in (text.k, text.v)))
+        return text
+
+    @torch.no_grad()
+    def set_text(self, context: Context, negative_context: Context | None = None) -> None:
+        """Change the prompts (as many as before) from the chunk in flight on; the history stays what it is.
+
+        Negative prompts stay unless new ones are given. Captured graphs read the new ones.
+        """
+        if negative_context is not None and self.guidance is None:
+            raise ValueError("negative_context: got one for a stream without, expected None")
+        self.settle()
+        text = self._encode_text(context, negative_context)
+        if self._graphs is None:
+            self.text = text
+        else:
+            torch._foreach_copy_([*self.text.k, *self.text.v], [*text.k, *text.v])
+
+    def reset(self, context: Context | None = None, negative_context: Context | None = None) -> None:
+        """Begin new videos, with new prompts if given, on the same cache, buffers and graphs."""
+        self._pending = None
+        self.frame = self.chunk = 0
+        if self._cache is not None:
+            self._cache.reset()
+        if context is not None:
+            self.set_text(context, negative_context)
+
+    @property
+    def mode(self) -> str:
+        """ "graphs", or "eager" and why where graphs were wanted."""
+        if self._graphs is None:
+            return "eager"
+        return "graphs" if self._graphs.failure is None else f"eager ({self._graphs.failure})"
 
     @property
     def chunk_frames(self) -> int:
@@ -120,6 +152,7 @@ class Stream:
             if self.window is None and self.max_frames is None:
                 raise ValueError("max_frames: got None, expected the length of the video (window is None as well)")
             config = self.model.config
+            rotated = self._cache_options["keys"] == "rotated"
             self._cache = KVCache(
                 config.num_layers,
                 len(self.text),
@@ -129,8 +162,10 @@ class Stream:
                 sink=self.sink,
                 window=self.window,
                 max_chunks=self._chunks_in(self.max_frames) if self.window is None else None,
-                dtype=self.model.compute_dtype,
                 device=self.model.device,
+                spare=int(self.merge and rotated),
+                grid=None if rotated else self.grid,
+                **self._cache_options,
             )
         return self._cache
 
@@ -142,15 +177,43 @@ class Stream:
             chunks += 1
         return chunks
 
-    def _forward(self, x: torch.Tensor, t: torch.Tensor | float, write_only: bool) -> torch.Tensor | None:
+    def _check_chunk(self, x: torch.Tensor) -> None:
         check_shape("x", x, (self.batch, self.latent_shape[0], self.chunk_frames, *self.latent_shape[1:]))
+        self._check_room()
+
+    def _check_room(self) -> None:
         if self.max_frames is not None and self.frame + self.chunk_frames > self.max_frames:
             limit = f"expected at most {self.max_frames} frames"
             raise ValueError(f"max_frames: got a chunk of {self.chunk_frames} at frame {self.frame}, {limit}")
-        if self.guidance is not None:
-            x = torch.cat([x, x])
-            t = torch.cat([t, t]) if isinstance(t, torch.Tensor) and t.ndim > 0 and t.shape[0] > 1 else t
-        return self.model(x, t, self.text, cache=self.cache, frame=self.frame, write_only=write_only)
+
+    def _twice(self, x: torch.Tensor) -> torch.Tensor:
+        """For the prompts and the negative prompts."""
+        return x if self.guidance is None else torch.cat([x, x])
+
+    def _velocity(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor | float,
+        finished: torch.Tensor | None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Of the chunk in flight; with ``finished``, the one before it is encoded on the way and remains open."""
+        if self.guidance is not None and isinstance(t, torch.Tensor) and t.ndim > 0 and t.shape[0] > 1:
+            t = torch.cat([t, t])
+        x_0 = None if finished is None else self._twice(finished)
+        v = self.model(self._twice(x), t, self.text, x_0=x_0, cache=self.cache, frame=self.frame, positions=positions)
+        return v if self.guidance is None else guided(v, self.guidance)
+
+    def _encode(self, finished: torch.Tensor, positions: torch.Tensor | None = None) -> None:
+        """Write keys and values of the finished chunk, which ends where the chunk in flight begins."""
+        frame = self.frame - finished.shape[2]
+        x_0 = self._twice(finished)
+        self.model(x_0, 0.0, self.text, cache=self.cache, frame=frame, write_only=True, positions=positions)
+
+    def _close(self) -> None:
+        """What was finished is encoded now."""
+        self.cache.commit()
+        self._pending = None
 
     @torch.no_grad()
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
@@ -158,21 +221,45 @@ class Stream:
 
         Repeatable: every call overwrites the chunk's own place in the cache, and history only grows by ``commit``.
         """
-        v = self._forward(x_t, t, write_only=False)
-        return v if self.guidance is None else _guided(v, self.guidance)
+        self._check_chunk(x_t)
+        v = self._velocity(x_t, t, self._pending)
+        if self._pending is not None:
+            self._close()
+        return v
 
     @torch.no_grad()
-    def commit(self, x_0: torch.Tensor) -> None:
-        """Make the finished chunk ``x_0`` ``[B, C, f, H, W]`` history: one pass at level 0; the next chunk begins."""
-        self._forward(x_0, 0.0, write_only=True)
-        self.cache.commit()
+    def commit(self, x_0: torch.Tensor, defer: bool = False) -> None:
+        """Make the finished chunk ``x_0`` ``[B, C, f, H, W]`` history: one pass at level 0; the next chunk begins.
+
+        With ``defer``, that pass waits for the next chunk's first and runs in the same forward (see ``merge``), or for
+        ``settle``; the cache counts the chunk only then.
+        """
+        self._check_chunk(x_0)
+        self.settle()
+        frames = x_0.shape[2]
+        if frames not in self._finished:
+            self._finished[frames] = latents(self, frames)
+        self._pending = self._finished[frames].copy_(x_0)
         self.frame += self.chunk_frames
         self.chunk += 1
+        if not (defer and self.merge and self.cache.can_merge):
+            self.settle()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Encode a chunk whose ``commit`` was deferred, now and on its own."""
+        if self._pending is None:
+            return
+        if (graphs := self._usable_graphs()) is None:
+            self._encode(self._pending)
+        else:
+            graphs.encode(self, self._pending)
+        self._close()
 
     def noise(self, generator: Generators = None) -> torch.Tensor:
         """Standard normal latents for the chunk in flight, float32 (float64 for a float64 model)."""
         shape = (self.batch, self.latent_shape[0], self.chunk_frames, *self.latent_shape[1:])
-        return _draw(shape, generator if generator is not None else self.generator, self.model)
+        return draw(shape, generator if generator is not None else self.generator, self.model)
 
     @torch.no_grad()
     def denoise(
@@ -187,7 +274,10 @@ class Stream:
         "consistency" (fresh noise at every step) or "ode" (Euler steps). Returns the clean chunk ``[B, C, f, H, W]``
         and its states at every level ``[K, B, C, f, H, W]``.
         """
-        steps = _schedule(levels, sampler)
+        steps = checked_levels(levels, sampler)
+        if sampler == "consistency" and (graphs := self._usable_graphs()) is not None:
+            self._check_room()
+            return graphs.denoise(self, steps, lambda: self.noise(generator))
         x = self.noise(generator)
         states = []
         for t, s in zip(steps, [*steps[1:], 0.0], strict=True):
@@ -200,6 +290,50 @@ class Stream:
             else:
                 x = consistency_step(v, x, t, s, noise=self.noise(generator))
         return x, torch.stack(states)
+
+    def _usable_graphs(self) -> CapturedChunks | None:
+        """Autocast keeps copies of the weights that come and go, so nothing is captured under it."""
+        return None if torch.is_autocast_enabled(self.model.device.type) else self._graphs
+
+    @torch.no_grad()
+    def warm_up(
+        self,
+        frames: int | None = None,
+        levels: torch.Tensor | Sequence[float] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> int:
+        """Capture the chunks of a video of ``frames`` latent frames as CUDA graphs, so that its first one is fast.
+
+        A limited window repeats itself, so ``frames=None`` covers videos of any length; without a window it means
+        ``max_frames``. Kernels are compiled on the way. ``levels`` as in ``denoise``. ``progress(done, total)`` is
+        called after each chunk. Returns how many graphs there are (0 in eager mode). Without it, a chunk is captured
+        when its like comes up for the second time, in this video or, after ``reset``, in the next.
+        Raises ``RuntimeError`` in the middle of a video, ``ValueError`` when nothing bounds it.
+        """
+        steps = checked_levels(levels)
+        if self.frame or self._pending is not None:
+            raise RuntimeError(f"warm_up: got a video at frame {self.frame}, expected its beginning; reset() it first")
+        if (graphs := self._usable_graphs()) is None:
+            return 0
+        end = self.max_frames if frames is None else check_int("frames", frames, 1)
+        if self.window is None and self.max_frames is None:
+            self.max_frames = end
+        # From the chunk on whose whole past has the last size and fills the window, the ring goes round.
+        window = self.window or 0
+        around = max(self.sink, len(self.sizes) - 1) + 2 * (window + 1) + self.cache.spare
+        total = around if end is None else self._chunks_in(end)
+        total = total if self.window is None else min(total, around)
+        try:
+            with graphs.warming():
+                for i in range(total):
+                    x_0, _ = graphs.denoise(self, steps)
+                    if i + 1 < total:
+                        self.commit(x_0, defer=True)
+                    if progress is not None:
+                        progress(i + 1, total)
+        finally:
+            self.reset()
+        return len(graphs)
 
     def generate(
         self,
@@ -216,7 +350,7 @@ class Stream:
         seed is a video; a list of generators, one a sample, makes it independent of the batch.
         Raises ``ValueError`` when ``frames`` does not end with a chunk.
         """
-        _schedule(levels, sampler)
+        checked_levels(levels, sampler)
         if frames is not None:
             check_int("frames", frames, 1)
         end = self.max_frames if frames is None else self.frame + frames
@@ -234,7 +368,7 @@ class Stream:
     def _generate(self, end, levels, generator, return_trajectory, sampler):
         while end is None or self.frame < end:
             x_0, states = self.denoise(levels, generator, sampler)
-            self.commit(x_0)
+            self.commit(x_0, defer=True)
             yield (x_0, states) if return_trajectory else x_0
 
 
@@ -271,43 +405,14 @@ def rollout(
     One consistency step a level, history on the cache; the last chunk's clean pass is left out, because nothing
     follows it. Arguments as in ``Stream``.
     """
-    stream = Stream(model, context, latent_shape, tuple(chunk_frames), sink, window, generator=generator)
+    sizes = tuple(chunk_frames)
+    stream = Stream(model, context, latent_shape, sizes, sink, window, generator=generator, graphs=False)
     chunks, trajectory = [], []
     for i in range(len(stream.sizes)):
         x_0, states = stream.denoise(levels)
         if i + 1 < len(stream.sizes):
-            stream.commit(x_0)
+            stream.commit(x_0, defer=True)
         chunks.append(x_0)
         trajectory.append(states)
-    kept = torch.tensor(_schedule(levels), dtype=torch.float32, device=model.device)
+    kept = torch.tensor(checked_levels(levels), dtype=torch.float32, device=model.device)
     return Rollout(kept, torch.cat(trajectory, dim=3), torch.cat(chunks, dim=2))
-
-
-@torch.no_grad()
-def sample_bidirectional(
-    model: CausalWan,
-    context: Context,
-    negative_context: Context | None,
-    shape: Sequence[int],
-    steps: int = 50,
-    guidance: float = 5.0,
-    shift: float = 5.0,
-    generator: Generators = None,
-) -> torch.Tensor:
-    """Sample whole videos ``[B, C, F, H, W]`` with a bidirectional model: Euler steps of the probability-flow ODE.
-
-    ``shape`` is (C, F, H, W); B is the number of prompts. ``negative_context`` (as many prompts) switches on
-    classifier-free guidance; both halves run in one forward.
-    """
-    text = model.encode_text(context)
-    batch = len(text)
-    if negative_context is not None:
-        text = TextCache.cat([text, model.encode_text(negative_context)])
-        if len(text) != 2 * batch:
-            raise ValueError(f"negative_context: got {len(text) - batch} prompts, expected {batch}")
-    x = _draw((batch, *shape), generator, model)
-    levels = _schedule(sampling_levels(steps, shift))
-    for t, s in zip(levels, [*levels[1:], 0.0], strict=True):
-        v = model(x, t, text) if negative_context is None else _guided(model(torch.cat([x, x]), t, text), guidance)
-        x = x + (s - t) * v
-    return x
