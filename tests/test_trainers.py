@@ -212,9 +212,11 @@ def test_trainer_ratio_is_exactly_one_in_every_micro_batch():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("masters", [False, True])
 @pytest.mark.parametrize("kind", ["teacher", "start", "raven"])
-def test_graphed_steps_equal_ordinary_ones(kind):
+def test_graphed_steps_equal_ordinary_ones(kind, masters):
     settings = {"accumulation": 1, "ttur": 1, "rollout_every": 1} if kind == "raven" else {}
+    settings["master_weights"] = masters
 
     def trained(cuda_graph):
         trainer = make_on_gpu(kind, cuda_graph=cuda_graph, amp=False, **settings)
