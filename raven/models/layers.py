@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from raven.models.config import WanConfig
-from raven.models.mlp import Mlp
+from raven.models.mlp import Mlp, gated_mlp
 from raven.models.packing import LastSegment, Packing
 from raven.ops import gated_residual, modulate
 
@@ -43,6 +43,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda and x.dtype == self.weight.dtype:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)  # one kernel, in float32 inside
         return (F.rms_norm(wide(x), x.shape[-1:], None, self.eps) * self.weight).to(x.dtype)
 
 
@@ -182,8 +184,12 @@ class Block(nn.Module):
         layer: int,
         attend: Attend,
         keep: Packing | LastSegment | None = None,
+        output: bool = True,
     ) -> torch.Tensor:
-        """``x`` ``[B, L, dim]`` -> the same; with ``keep`` only the noisy tokens of that packing go on and come out."""
+        """``x`` ``[B, L, dim]`` -> the same; with ``keep`` only the noisy tokens of that packing go on and come out.
+
+        Without ``output`` only the gradient of the result is right: for a recomputation, which needs no more.
+        """
         table = self.table(levels)
         out = self.attention(x, table, lengths, layer, attend)
         if keep is not None:
@@ -198,7 +204,7 @@ class Block(nn.Module):
             affine = {"weight": self.norm3.weight, "bias": self.norm3.bias}
             x, y = gated_residual(x, branch, gate, lengths, **affine, **norm)
         x, y = gated_residual(x, self.cross_attn(y, *text), None, lengths, shift=shift, scale=scale, **norm)
-        return gated_residual(x, self.ffn(y), last_gate, lengths)
+        return gated_mlp(x, self.ffn, y, last_gate, lengths, output)
 
     def table(self, levels: torch.Tensor) -> torch.Tensor:
         """Shifts, scales and gates of this block ``[B, segments, 6, dim]`` from the time projection (same shape)."""

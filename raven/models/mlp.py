@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from raven.ops import gated_residual
+
 _HALF = (torch.bfloat16, torch.float16)
+SEGMENT = 2048  # fewest tokens of a segment for which products by segment cost less than the output of the MLP
+GROUP = 4  # segments whose products live at once
 
 
 class Mlp(nn.Sequential):
-    """Linear, tanh-GELU, linear: ``[..., dim]`` -> the same; parameters ``0`` and ``2`` as in ``nn.Sequential``.
+    """Linear, tanh-GELU, linear: ``[B, L, dim]`` -> the same; parameters ``0`` and ``2`` as in ``nn.Sequential``.
 
     Without gradients bias and GELU run in the first matrix product's epilogue on a GPU, in float32 before the hidden
     layer is rounded; with them its input to the GELU is rounded and kept. Linear layers of another class (quantised
@@ -21,22 +27,44 @@ class Mlp(nn.Sequential):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first, _, last = self
-        if type(first) is not nn.Linear or type(last) is not nn.Linear:
-            return super().forward(x)
-        tensors = (x, first.weight, first.bias, last.weight, last.bias)
+    @property
+    def is_plain(self) -> bool:
+        """Whether both layers are what they were made as, so that their weights say all."""
+        return type(self[0]) is nn.Linear and type(self[2]) is nn.Linear
+
+    def tensors(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """``x``, then weight and bias of both layers, in the dtype that matrix products have under autocast."""
+        tensors = (x, self[0].weight, self[0].bias, self[2].weight, self[2].bias)
         kind = x.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            if autocast:
-                tensors = tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
-            return _MlpFunction.apply(*tensors)
+        if not torch.is_autocast_enabled(kind):
+            return tensors
+        return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.is_plain:
+            return super().forward(x)
+        first, _, last = self
+        if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in self.parameters())):
+            return _MlpFunction.apply(*self.tensors(x))
         # On a CPU the activation of this call is another one, the exact GELU.
-        if x.is_cuda and not autocast and x.dtype in _HALF and x.dtype == first.weight.dtype and x.numel():
+        fused = x.is_cuda and x.dtype in _HALF and x.dtype == first.weight.dtype and x.numel()
+        if fused and not torch.is_autocast_enabled("cuda"):
             hidden = torch._addmm_activation(first.bias, x.flatten(0, -2), first.weight.t(), use_gelu=True)
             return last(hidden).unflatten(0, x.shape[:-1])
         return super().forward(x)
+
+
+def gated_mlp(
+    x: torch.Tensor, mlp: nn.Module, y: torch.Tensor, gate: torch.Tensor, lengths: Sequence[int], output: bool = True
+) -> torch.Tensor:
+    """``x + gate * mlp(y)``: x, y ``[B, L, C]``, gate ``[B, N, C]`` for N segments of the given lengths.
+
+    output: ``False`` when only the gradient of the result will be used, as in a recomputation. Its values are then
+    undefined, and the last matrix product is left out where segments are long.
+    """
+    if output or not isinstance(mlp, Mlp) or not mlp.is_plain or min(lengths) < SEGMENT:
+        return gated_residual(x, mlp(y), gate, lengths)
+    return _GradientOnly.apply(x, gate, *mlp.tensors(y), tuple(lengths))
 
 
 class _MlpFunction(torch.autograd.Function):
@@ -54,15 +82,80 @@ class _MlpFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, hidden, w_in, w_out = ctx.saved_tensors
-        need_x, *need_in, need_w_out, need_b_out = ctx.needs_input_grad
-        shape, x, hidden, grad = x.shape, x.flatten(0, -2), hidden.flatten(0, -2), grad.flatten(0, -2)
-        dx = dw_in = db_in = None
-        dw_out = grad.t() @ F.gelu(hidden, approximate="tanh") if need_w_out else None
-        db_out = grad.sum(0) if need_b_out else None
-        if need_x or any(need_in):
-            dh = grad @ w_out
-            torch.ops.aten.gelu_backward.grad_input(dh, hidden, approximate="tanh", grad_input=dh)
-            dw_in = dh.t() @ x if need_in[0] else None
-            db_in = dh.sum(0) if need_in[1] else None
-            dx = (dh @ w_in).view(shape) if need_x else None
-        return dx, dw_in, db_in, dw_out, db_out
+        need = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        dw_out = rows.t() @ F.gelu(hidden, approximate="tanh").flatten(0, -2) if need[3] else None
+        db_out = rows.sum(0) if need[4] else None
+        return *_first_layer(grad, x, hidden, w_in, w_out, need[:3]), dw_out, db_out
+
+
+def _first_layer(grad, x, hidden, w_in, w_out, need) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of the input, the first weight and the first bias, from that of the MLP's output."""
+    if not any(need):
+        return None, None, None
+    dh = grad.flatten(0, -2) @ w_out
+    torch.ops.aten.gelu_backward.grad_input(dh, hidden.flatten(0, -2), approximate="tanh", grad_input=dh)
+    dx = (dh @ w_in).view(x.shape) if need[0] else None
+    return dx, dh.t() @ x.flatten(0, -2) if need[1] else None, dh.sum(0) if need[2] else None
+
+
+class _GradientOnly(torch.autograd.Function):
+    """``gated_mlp`` without its values.
+
+    The gate's gradient is the sum over a segment's tokens of ``grad * (hidden @ w_out.T + b_out)``, so it follows from
+    the product ``grad.T @ hidden`` of the segment, and these products, weighted by the gates, add up to the gradient
+    of ``w_out``. The output itself, a matrix product as large, is not needed.
+    """
+
+    @staticmethod
+    def forward(ctx, x, gate, y, w_in, b_in, w_out, b_out, lengths: tuple[int, ...]) -> torch.Tensor:
+        ctx.save_for_backward(y, F.linear(y, w_in, b_in), gate, w_in, w_out, b_out)
+        ctx.lengths = lengths
+        return torch.empty_like(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        y, hidden, gate, w_in, w_out, b_out = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        lengths = ctx.lengths if len(set(ctx.lengths)) > 1 else None
+        (branch,) = torch.ops.raven.gated_residual_backward(
+            grad, None, None, None, None, gate, None, lengths, grad.dtype, y.dtype, [False, True, False, False, False]
+        )
+        dgate = dw_out = db_out = None
+        if need[1] or need[5] or need[6]:
+            dgate, dw_out, db_out = _by_segment(grad, hidden, gate, w_out, b_out, ctx.lengths)
+        grads = _first_layer(branch, y, hidden, w_in, w_out, need[2:5])
+        return grad, dgate, *grads, dw_out, db_out, None
+
+
+def _by_segment(grad, hidden, gate, w_out, b_out, lengths) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the gate, the last weight and the last bias."""
+    wide = torch.float64 if w_out.dtype == torch.float64 else torch.float32
+    hidden = F.gelu(hidden, approximate="tanh")
+    sums = torch.stack([part.sum(1, dtype=wide) for part in grad.split(lengths, dim=1)], dim=1)  # [B, N, C]
+    gates, weight = gate.flatten(0, 1).to(wide), w_out.to(wide)
+    pairs = [
+        (left, right)
+        for sample in zip(grad.to(w_out.dtype), hidden, strict=True)
+        for left, right in zip(*(t.split(lengths) for t in sample), strict=True)
+    ]
+    dgate, dweight = torch.empty_like(gates), torch.zeros_like(weight)
+    for i in range(0, len(pairs), GROUP):
+        group = pairs[i : i + GROUP]
+        products = weight.new_empty(len(group), *weight.shape)
+        for (left, right), product in zip(group, products, strict=True):
+            _wide_product(left.t(), right, product)
+        dgate[i : i + GROUP] = torch.einsum("sck,ck->sc", products, weight)
+        dweight += torch.einsum("sck,sc->ck", products, gates[i : i + GROUP])
+    dgate = dgate.view_as(sums) + b_out * sums
+    db_out = (gates.view_as(sums) * sums).sum((0, 1))
+    return dgate.to(gate.dtype), dweight.to(w_out.dtype), db_out.to(b_out.dtype)
+
+
+def _wide_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+    """``out = left @ right`` of 16-bit tensors, not rounded to their dtype."""
+    if left.is_cuda and left.dtype in _HALF:
+        torch.ops.aten.mm.dtype_out(left, right, out.dtype, out=out)
+    else:
+        torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)

@@ -42,12 +42,14 @@ def checkpointed(
 ) -> torch.Tensor:
     """``block(x, levels, lengths, text, layer, attend, keep)``, run again in the backward pass ("selective", "full").
 
+    That second run may leave out what only the result's values need.
+
     "selective" keeps the outputs and statistics of the self-attention and recomputes the rest. The first run builds
     no graph, so it takes the paths that need none. ``attend`` must call its keyword argument ``attention`` once.
     """
 
-    def run(x, levels, k, v, attention):
-        return block(x, levels, lengths, (k, v), layer, partial(attend, attention=attention), keep)
+    def run(x, levels, k, v, attention, output=True):
+        return block(x, levels, lengths, (k, v), layer, partial(attend, attention=attention), keep, output)
 
     # The weights are arguments as well: their gradients then come out of this one node.
     weights = [weight for weight in block.parameters() if weight.requires_grad]
@@ -75,7 +77,7 @@ class _Checkpointed(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         inputs = [x.detach().requires_grad_(need) for x, need in zip(tensors[:4], needed[:4], strict=True)]
         with torch.enable_grad(), ctx.autocast():
-            out = ctx.run(*inputs, partial(_known_attention, *kept) if kept else chunk_attention)
+            out = ctx.run(*inputs, partial(_known_attention, *kept) if kept else chunk_attention, output=False)
         wanted = [x for x, need in zip((*inputs, *tensors[4:]), needed, strict=True) if need]
         grads = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
         return None, None, *(next(grads) if need else None for need in needed)
