@@ -96,6 +96,12 @@ class Float8Linear(nn.Module):
             raise ValueError("mode: got True, expected False: float8 layers have no gradient and cannot be trained")
         return super().train(False)
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        raise RuntimeError(
+            f"{prefix.removesuffix('.') or 'state_dict'}: float8 layers are made in memory and not saved; "
+            "save the model before quantize_linears, and call that again after loading"
+        )
+
     def _apply(self, fn, recurse=True):
         weight, scale = self.weight, self.scale
         super()._apply(fn, recurse)
