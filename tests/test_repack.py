@@ -7,6 +7,7 @@ import torch
 from tiny_wan import CONFIG, tiny_inputs, tiny_model
 
 from raven.layout import ChunkLayout
+from raven.models import mlp
 from raven.reference import chunk_attention as reference
 from raven.repack import bidirectional_forward, blockwise_forward, repacked_forward, split_frames
 from raven.stream import Stream
@@ -192,9 +193,34 @@ def test_gradient_checkpointing_changes_nothing(detach, autocast, monkeypatch):
     assert all(g.abs().max() > 0 for g in results[0]), "every parameter, text and last layer included, is trained"
 
 
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 3)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 6e-3)])
+def test_a_recomputation_without_the_output_of_the_mlp(sizes, dtype, tolerance, monkeypatch):
+    """Long segments: gradients follow from products by segment. Under autocast too, where bfloat16 is meant."""
+    autocast = dtype == torch.bfloat16
+    model = tiny_model(torch.float32 if autocast else dtype)
+    x_t, x_0, t, context = tiny_inputs(6, torch.float64 if dtype == torch.float64 else torch.float32)
+    x_t.requires_grad_()
+    grads = []
+    for mode, segment in (("none", mlp.SEGMENT), ("full", 1)):
+        monkeypatch.setattr(mlp, "SEGMENT", segment)
+        model.gradient_checkpointing = mode
+        model.zero_grad()
+        x_t.grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            v = repacked_forward(model, x_t, x_0, t, context, sizes)
+        v.square().sum().backward()
+        grads.append([x_t.grad, *(w.grad.clone() for w in model.parameters())])
+    for got, want in zip(*reversed(grads), strict=True):
+        assert (got - want).norm() <= tolerance * want.norm()
+    assert not all(torch.equal(a, b) for a, b in zip(*grads, strict=True)), "it is another way of computing them"
+
+
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_checkpointing_trains_what_is_trainable(mode):
+@pytest.mark.parametrize("segment", [mlp.SEGMENT, 1])
+def test_checkpointing_trains_what_is_trainable(mode, segment, monkeypatch):
     """Some weights frozen, gradients asked for by name, a text that is trained: as without checkpointing."""
+    monkeypatch.setattr(mlp, "SEGMENT", segment)
     x_t, x_0, t, context = tiny_inputs(4, torch.float64)
     grads = []
     for chosen in ("none", mode):
@@ -208,7 +234,8 @@ def test_checkpointing_trains_what_is_trainable(mode):
         keys = [k.requires_grad_() for k in text.k]
         loss = repacked_forward(model, x_t, x_0, t, text, 2).square().sum()
         grads.append(torch.autograd.grad(loss, [*wanted, *keys]))
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-13, rtol=1e-12)
 
 
 def test_checkpointing_needs_no_gradient():
