@@ -140,14 +140,20 @@ def triton_reason(x: object, *others: object) -> str | None:
 def _run(
     x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None, lengths: Sequence[int] | None
 ) -> torch.Tensor:
-    backends.select("gated_residual", x, branch, gate)
-    return reference.gated_sum(x, branch, gate, lengths)
+    if backends.select("gated_residual", x, branch, gate) == "reference":
+        return reference.gated_sum(x, branch, gate, lengths)
+    from raven.kernels import gated_residual as kernels
+
+    return kernels.forward(x, branch, gate, None, None, lengths, 0.0, None, False)[0]
 
 
 def _run_with_norm(x, branch, gate, shift, scale, lengths, eps, dtype, statistics=True):
-    """``(x_new, y, statistics)``, the last empty where they are not wanted."""
-    backends.select("gated_residual", x, branch, gate, shift, scale)
-    return reference.gated_residual(x, branch, gate, shift, scale, lengths, eps, dtype)
+    """``(x_new, y, statistics)``; kernels leave the last out where it is not wanted."""
+    if backends.select("gated_residual", x, branch, gate, shift, scale) == "reference":
+        return reference.gated_residual(x, branch, gate, shift, scale, lengths, eps, dtype)
+    from raven.kernels import gated_residual as kernels
+
+    return kernels.forward(x, branch, gate, shift, scale, lengths, eps, dtype, statistics)
 
 
 @torch.library.custom_op("raven::gated_residual", mutates_args=())
@@ -200,9 +206,13 @@ def _backward(
     branch_dtype: torch.dtype,
     wanted: Sequence[bool],
 ) -> list[torch.Tensor]:
-    backends.select("gated_residual", grad_total if grad_y is None else grad_y, total, branch, gate, scale)
+    grads = (grad_total, grad_y) if grad_y is None else (grad_y, grad_total)
     dtypes = (x_dtype, branch_dtype)
-    return reference.backward(grad_total, grad_y, total, stats, branch, gate, scale, lengths, dtypes, wanted)
+    if backends.select("gated_residual", *grads, total, stats, branch, gate, scale) == "reference":
+        run = reference.backward
+    else:
+        from raven.kernels.gated_residual import backward as run
+    return run(grad_total, grad_y, total, stats, branch, gate, scale, lengths, dtypes, wanted)
 
 
 @_backward.register_fake

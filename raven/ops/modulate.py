@@ -59,9 +59,12 @@ def modulate(
 
 
 def _run(x, shift, scale, lengths, eps, dtype, statistics=True):
-    """``(y, statistics)``, the latter empty where they are not wanted."""
-    backends.select("modulate", x, shift, scale)
-    return reference.modulate(x, shift, scale, lengths, eps, dtype)
+    """``(y, statistics)``; kernels leave the latter out where it is not wanted."""
+    if backends.select("modulate", x, shift, scale) == "reference":
+        return reference.modulate(x, shift, scale, lengths, eps, dtype)
+    from raven.kernels.modulate import forward
+
+    return forward(x, shift, scale, lengths, eps, dtype, statistics)
 
 
 @torch.library.custom_op("raven::modulate", mutates_args=())
