@@ -339,6 +339,10 @@ class KVCache:
             raise ValueError(f"tokens: got {tokens}, expected at most chunk_tokens={self.chunk_tokens}")
         check_int("frame", frame, 0)
         check_int("frames", frames, 1)
+        if self.ema is not None and 0 in self._held and tokens != self._held[0].length:
+            raise ValueError(
+                f"tokens: got {tokens}, expected {self._held[0].length} as the sink it is to be blended into"
+            )
         if self.grid is not None and tokens != frames * self.grid[0] * self.grid[1]:
             rows, columns = self.grid
             raise ValueError(f"tokens: got {tokens} for {frames} frames, expected {rows}x{columns} a frame as in grid")

@@ -81,11 +81,7 @@ class EmaSink:
             lost.zero_()
 
     def __call__(self, sink: CachedChunk, evicted: CachedChunk) -> None:
-        """Blend the rows of ``evicted`` into those of ``sink``; ``ValueError`` when they are not equally many."""
-        if sink.length != evicted.length:
-            raise ValueError(
-                f"ema: got an evicted chunk of {evicted.length} tokens, expected {sink.length} as the sink"
-            )
+        """Blend the rows of ``evicted`` into those of ``sink``, which are as many."""
         for i, x in enumerate(self.targets):
             mean, gone = x[:, sink.start : sink.end], x[:, evicted.start : evicted.end]
             if not self.lost:

@@ -12,6 +12,7 @@ from raven.captured import CapturedChunks, latents
 from raven.errors import check_shape
 from raven.models.wan import CausalWan, Context, TextCache
 from raven.ops import consistency_step
+from raven.recache import RecentChunks
 from raven.sampling import Generators, checked_levels, draw, guided, sample_bidirectional
 from raven.spans import check_int
 
@@ -30,7 +31,8 @@ class Stream:
     merge: the pass that encodes a finished chunk and the first one of the next chunk run as one forward, where the
     cache allows it; the values are those of two. graphs: replay each chunk as CUDA graphs (see ``warm_up``); ``None``
     means on a CUDA device. ``mode`` says what holds. cache_dtype, keys, ema: of ``KVCache``; the dtype is the model's
-    unless it is given.
+    unless it is given. recache: how many of the newest chunks ``switch`` encodes again under a new prompt, and with
+    ``recache_sink`` the sink too; the stream keeps their latents. ``raven.presets`` has published settings by name.
     """
 
     @torch.no_grad()
@@ -52,6 +54,8 @@ class Stream:
         cache_dtype: torch.dtype | None = None,
         keys: str = "rotated",
         ema: float | None = None,
+        recache: int = 0,
+        recache_sink: bool = False,
     ) -> None:
         if len(latent_shape) != 3:
             raise ValueError(f"latent_shape: got {tuple(latent_shape)}, expected (C, H, W)")
@@ -75,9 +79,9 @@ class Stream:
             raise ValueError(f"graphs: got True for a model on {model.device}, expected one on a CUDA device")
         self.model = model
         self._graphs = CapturedChunks(model.device) if graphs or (graphs is None and on_gpu) else None
-        self.batch = len(context)
         self.guidance = guidance if negative_context is not None else None
         self.text = self._encode_text(context, negative_context)
+        self.batch = len(self.text) // (1 if self.guidance is None else 2)
         self.latent_shape = (channels, height, width)
         self.tokens_per_frame = (height // ph) * (width // pw)
         self.sizes = sizes
@@ -87,6 +91,9 @@ class Stream:
         if window is not None and max_frames is None:
             self.max_frames = None  # a ring has no end
         self.merge = merge
+        if recache_sink and (ema is not None or not recache):
+            raise ValueError(f"recache_sink: got True with recache={recache}, ema={ema}, expected recache alone")
+        self._recent = RecentChunks(recache, sink, recache_sink) if check_int("recache", recache, 0) else None
         self._cache_options = {"keys": keys, "ema": ema, "dtype": cache_dtype or model.compute_dtype}
         self.grid = (height // ph, width // pw)
         self.frame = 0
@@ -98,12 +105,10 @@ class Stream:
     def _encode_text(self, context: Context, negative_context: Context | None) -> TextCache:
         """Keys and values of the prompts, then of the negative ones; of one's own where graphs will overwrite them."""
         text = self.model.encode_text(context)
-        if len(text) != self.batch:
-            raise ValueError(f"context: got {len(text)} prompts, expected {self.batch}")
         if self.guidance is not None:
             negative = self.text[self.batch :] if negative_context is None else self.model.encode_text(negative_context)
-            if len(negative) != self.batch:
-                raise ValueError(f"negative_context: got {len(negative)} prompts, expected {self.batch}")
+            if len(negative) != len(text):
+                raise ValueError(f"negative_context: got {len(negative)} prompts, expected {len(text)}")
             return TextCache.cat([text, negative])
         if text is context and self._graphs is not None:
             return TextCache(*(tuple(x.clone() for x in pair) for pair in (text.k, text.v)))
@@ -117,12 +122,29 @@ class Stream:
         """
         if negative_context is not None and self.guidance is None:
             raise ValueError("negative_context: got one for a stream without, expected None")
+        text = self.model.encode_text(context)
+        if len(text) != self.batch:
+            raise ValueError(f"context: got {len(text)} prompts, expected {self.batch}")
+        text = self._encode_text(text, negative_context)
         self.settle()
-        text = self._encode_text(context, negative_context)
         if self._graphs is None:
             self.text = text
         else:
             torch._foreach_copy_([*self.text.k, *self.text.v], [*text.k, *text.v])
+
+    @torch.no_grad()
+    def switch(self, context: Context, negative_context: Context | None = None, recache: bool | None = None) -> None:
+        """``set_text``, then encode the newest chunks again under the new prompts, if the stream was made to.
+
+        ``recache`` says otherwise for this switch; True needs a stream with ``recache``. See ``raven.recache``.
+        """
+        if recache and self._recent is None:
+            raise ValueError(
+                "recache: got True for a stream made with recache=0, expected how many chunks to keep there"
+            )
+        self.set_text(context, negative_context)
+        if self._recent is not None and recache is not False:
+            self._recent.encode(self)
 
     def reset(self, context: Context | None = None, negative_context: Context | None = None) -> None:
         """Begin new videos, with new prompts if given, on the same cache, buffers and graphs."""
@@ -130,12 +152,14 @@ class Stream:
         self.frame = self.chunk = 0
         if self._cache is not None:
             self._cache.reset()
+        if self._recent is not None:
+            self._recent.clear()
         if context is not None:
             self.set_text(context, negative_context)
 
     @property
     def mode(self) -> str:
-        """ "graphs", or "eager" and why where graphs were wanted."""
+        """What chunks run as: "graphs", or "eager" (and why, where a capture failed)."""
         if self._graphs is None:
             return "eager"
         return "graphs" if self._graphs.failure is None else f"eager ({self._graphs.failure})"
@@ -163,11 +187,18 @@ class Stream:
                 window=self.window,
                 max_chunks=self._chunks_in(self.max_frames) if self.window is None else None,
                 device=self.model.device,
-                spare=int(self.merge and rotated),
+                spare=self._spare_slots(),
                 grid=None if rotated else self.grid,
                 **self._cache_options,
             )
         return self._cache
+
+    def _spare_slots(self) -> int:
+        """Slots for a chunk that is open beside the one in flight, and for what is encoded again but no longer seen."""
+        two = int(self.merge and self._cache_options["keys"] == "rotated")
+        if self._recent is None or self.window is None:
+            return two
+        return max(two, self._recent.count - self.window - 1)
 
     def _chunks_in(self, frames: int) -> int:
         """How many chunks a video of ``frames`` latent frames has."""
@@ -240,6 +271,8 @@ class Stream:
         if frames not in self._finished:
             self._finished[frames] = latents(self, frames)
         self._pending = self._finished[frames].copy_(x_0)
+        if self._recent is not None:
+            self._recent.keep(self.chunk, self._pending)
         self.frame += self.chunk_frames
         self.chunk += 1
         if not (defer and self.merge and self.cache.can_merge):
@@ -342,17 +375,22 @@ class Stream:
         generator: Generators = None,
         return_trajectory: bool = False,
         sampler: str = "consistency",
+        switches: Sequence[tuple[int, Context]] = (),
     ) -> Iterator[torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
         """Yield finished chunks ``[B, C, f, H, W]`` until ``frames`` more latent frames are done.
 
         ``frames=None`` goes on to ``max_frames``, or without end when the window is limited. With
         ``return_trajectory`` each item is (chunk, states ``[K, B, C, f, H, W]``). Noise is drawn in a fixed order, so a
-        seed is a video; a list of generators, one a sample, makes it independent of the batch.
-        Raises ``ValueError`` when ``frames`` does not end with a chunk.
+        seed is a video; a list of generators, one a sample, makes it independent of the batch. ``switches`` are
+        (frame, prompts), in order: ``switch`` is called before the first chunk that begins at that frame or later.
+        Raises ``ValueError`` when ``frames`` does not end with a chunk, or switches are out of order.
         """
         checked_levels(levels, sampler)
         if frames is not None:
             check_int("frames", frames, 1)
+        starts = [check_int("switches", frame, 0) for frame, _ in switches]
+        if starts != sorted(starts):
+            raise ValueError(f"switches: got frames {starts}, expected ascending ones")
         end = self.max_frames if frames is None else self.frame + frames
         if self._cache is None and self.max_frames is None and self.window is None:
             self.max_frames = end
@@ -363,10 +401,12 @@ class Stream:
                 chunk += 1
             if covered != end:
                 raise ValueError(f"frames: got {end} frames in all, expected the end of a chunk, such as {covered}")
-        return self._generate(end, levels, generator, return_trajectory, sampler)
+        return self._generate(end, levels, generator, return_trajectory, sampler, list(switches))
 
-    def _generate(self, end, levels, generator, return_trajectory, sampler):
+    def _generate(self, end, levels, generator, return_trajectory, sampler, switches):
         while end is None or self.frame < end:
+            while switches and switches[0][0] <= self.frame:
+                self.switch(switches.pop(0)[1])
             x_0, states = self.denoise(levels, generator, sampler)
             self.commit(x_0, defer=True)
             yield (x_0, states) if return_trajectory else x_0

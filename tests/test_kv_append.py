@@ -103,6 +103,45 @@ def test_cast_goes_straight_to_the_cache():
     check_rows(low_level(torch.float32, dtype=torch.float16))
 
 
+def check_raw(**kwargs):
+    """Raw keys are what position 0 gives, which is no rotation at all; queries and values are as ever."""
+    arguments = make_all(frames=2000, **kwargs)
+    q, k, v, q_weight, k_weight, positions = arguments
+    cache = make_cache(
+        k.shape[0], k.shape[2], k.shape[3], k.shape[1], k.dtype, k.device, keys="raw", grid=(1, k.shape[1])
+    )
+    cache.begin(k.shape[1], frame=1999, frames=1)
+    q_out = kv_append(*arguments, cache, 1)
+    assert torch.equal(q_out, qk_norm_rope(q, k, q_weight, k_weight, positions)[0])
+    rows = cache.slots.long()
+    unmoved = torch.zeros_like(positions)
+    assert torch.equal(cache.k[1][:, rows], qk_norm_rope(q, k, q_weight, k_weight, unmoved)[1])
+    assert torch.equal(cache.v[1][:, rows], v)
+    assert (cache.k[0] == CANARY).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("weights", [True, False])
+def test_raw_keys(dtype, weights):
+    check_raw(dtype=dtype, weights=weights)
+    if not weights:
+        reasons = raven.explain("kv_append", *[None] * 7, False).reasons
+        assert reasons["cuda"] == "keys are stored raw, and this kernel rotates them"
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("weights", [True, False])
+def test_interpreted_raw_keys(triton_backend, weights):
+    check_raw(weights=weights, H=3, Hk=3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", [True, False])
+def test_gpu_raw_keys(weights):
+    raven.set_backend("triton")  # the other kernel is no bitwise peer, and rotates
+    check_raw(weights=weights, L=300, H=12, Hk=12, D=128, dtype=torch.bfloat16, device="cuda")
+
+
 def test_empty():
     arguments = low_level(slots=(), L=0)
     assert _kv_append(*arguments).shape == (2, 0, 4, 16)
