@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from tiny_train import assert_same, make, tiny
+from safetensors.torch import load_file
+from tiny_train import CHUNKS, SHAPE, assert_same, make, tiny
 
-from raven.train import run
+from raven.checkpoint import save_checkpoint
+from raven.train import distill, run
 from raven.train.base import BaseTrainer
 from raven.train.config import DistillConfig, PretrainConfig
 from raven.train.optim import Ema, MasterWeights, adamw
 from raven.train.phases import PhaseTimer, phase
+from raven.train.prompts import PromptFile
 
 KINDS = ("teacher", "start", "raven", "grpo")
 TRAINED = {"teacher": "model", "start": "model", "raven": "student", "grpo": "student"}
@@ -122,6 +125,22 @@ def test_training_moves_as_in_float32(kind):
 def start_of(state, name):
     """A parameter of ``tiny()`` by its own name."""
     return dict(tiny().named_parameters())[name].detach() if name not in state else state[name]
+
+
+def test_command_writes_the_float32_average(tmp_path):
+    for name, seed in (("teacher", 1), ("start", 0)):
+        save_checkpoint(tmp_path / f"{name}.safetensors", tiny(seed))
+    PromptFile.save(tmp_path / "prompts.safetensors", ["x"], [torch.randn(2, 4)])
+    paths = {name: str(tmp_path / f"{name}.safetensors") for name in ("teacher", "start", "prompts")}
+    arguments = [part for name, path in paths.items() for part in (f"--{name}", path)]
+    settings = {"chunk_frames": list(CHUNKS), "latent_shape": list(SHAPE), "steps": 2, "ttur": 1, "student_lr": 1e-5}
+    settings |= {"master_weights": "true", "checkpointing": "full"}
+    arguments += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    assert distill.main([*arguments, "--out", str(tmp_path), "--device", "cpu"]) == 0
+    student = load_file(tmp_path / "student.safetensors")
+    weight, start = student["blocks.0.ffn.0.weight"], tiny(0).state_dict()["blocks.0.ffn.0.weight"]
+    assert weight.dtype == torch.float32 and not torch.equal(weight, start)
+    torch.testing.assert_close(weight, start, rtol=0, atol=5e-5)  # two steps of 1e-5, not the spacing of bfloat16
 
 
 def test_settings_newer_than_a_run_keep_their_defaults(tmp_path):
