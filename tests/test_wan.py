@@ -9,7 +9,7 @@ import torch
 from tiny_wan import CONFIG, tiny_inputs, tiny_model
 
 from raven.checkpoint import normalize_state_dict
-from raven.models import CausalWan, TextCache, WanConfig
+from raven.models import CausalWan, TextCache, WanConfig, layers
 from raven.models.mlp import Mlp
 from raven.repack import bidirectional_forward
 
@@ -154,6 +154,27 @@ def test_fused_projection_starts_as_three_layers():
     weights = torch.stack([block.self_attn.qkv.weight.detach() for block in CausalWan(CONFIG).blocks])
     for third in weights.chunk(3, dim=1):
         assert 0.98 * bound < third.abs().max() <= bound
+
+
+def test_attention_to_the_text_in_parts(monkeypatch):
+    q = torch.randn(2, 12, 2, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, 5, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    want = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    g = torch.randn_like(q)
+    wanted = torch.autograd.grad(want, (q, k, v), g)
+    for parts in (1, 4):
+        monkeypatch.setattr(layers, "_parts", lambda length, parts=parts: parts)
+        got = layers._attend_all(q, k, v)
+        torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+        for a, b in zip(torch.autograd.grad(got, (q, k, v), g), wanted, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "length, parts", [(60840, 15), (32760, 15), (4680, 2), (4096, 2), (4095, 1), (10007, 1), (1, 1)]
+)
+def test_how_queries_of_the_text_are_cut(length, parts):
+    assert layers._parts(length) == parts
 
 
 def test_mlp_gradients():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 from raven.models.config import WanConfig
 from raven.models.mlp import Mlp, gated_mlp
 from raven.models.packing import LastSegment, Packing
-from raven.ops import gated_residual, modulate
+from raven.ops import chunk_attention, gated_residual, modulate
+from raven.spans import Spans
 
 
 class Attend(Protocol):
@@ -138,11 +140,32 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q = self._split(self.norm_q(self.q(x)))
-        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k.to(q.dtype), v.to(q.dtype))))
-        return self.o(out.transpose(1, 2).flatten(2))
+        return self.o(_attend_all(q, k.to(q.dtype), v.to(q.dtype)).flatten(2))
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.heads, -1))  # [B, L, H, D]
+
+
+_every_key = lru_cache(maxsize=64)(Spans.full)
+
+
+def _attend_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention of every query ``[B, L, H, D]`` to every key ``[B, n, H, D]``, where L is large and n small.
+
+    The backward pass shares its work out by keys, of which there are too few to fill a GPU. So a long row of queries is
+    cut into equal parts with copies of the keys, as a batch.
+    """
+    batch, length = q.shape[:2]
+    parts = _parts(length) if torch.is_grad_enabled() else 1
+    if parts > 1:
+        q = q.unflatten(1, (parts, -1)).flatten(0, 1)
+        k, v = (t.unsqueeze(1).expand(-1, parts, -1, -1, -1).flatten(0, 1) for t in (k, v))
+    return chunk_attention(q, k, v, _every_key(q.shape[1], k.shape[1])).unflatten(0, (batch, parts)).flatten(1, 2)
+
+
+def _parts(length: int) -> int:
+    """Into how many parts of at least 2048 queries a row is cut, at most 16; 1 where nothing divides it."""
+    return max(n for n in range(1, 17) if length % n == 0 and (n == 1 or length >= 2048 * n))
 
 
 def _product_dtype(x: torch.Tensor) -> torch.dtype:
