@@ -56,11 +56,8 @@ class Size:
         return channels, sum(self.chunks), rows, columns
 
     def slice(self) -> Size:
-        """Two blocks of the same width on frames of at most 6x10 patches: small enough for float64."""
-        _, rows, columns = self.config.patch_size
-        grid = min(self.grid[0], 6) * rows, min(self.grid[1], 10) * columns
-        config = replace(self.config, num_layers=min(2, self.config.num_layers))
-        return replace(self, config=config, latent=(self.latent[0], *grid))
+        """Two blocks on the first three chunks: the same kernels and segments, and small enough for float64."""
+        return replace(self, config=replace(self.config, num_layers=2), chunks=self.chunks[:3])
 
 
 def forward_flops(config: WanConfig, tokens: int, pairs: int, last: int | None = None) -> tuple[float, float]:
