@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-FORMAT = "raven-training-1"
+FORMAT = "raven-training-2"  # 1: queries, keys and values of a block were three parameters
 
 
 def save_atomic(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
