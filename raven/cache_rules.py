@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from raven.ops.blend_rows import blend_rows
 from raven.spans import check_int
 
 if TYPE_CHECKING:
@@ -83,11 +84,5 @@ class EmaSink:
     def __call__(self, sink: CachedChunk, evicted: CachedChunk) -> None:
         """Blend the rows of ``evicted`` into those of ``sink``, which are as many."""
         for i, x in enumerate(self.targets):
-            mean, gone = x[:, sink.start : sink.end], x[:, evicted.start : evicted.end]
-            if not self.lost:
-                mean.mul_(self.alpha).add_(gone, alpha=1 - self.alpha)
-                continue
-            lost = self.lost[i][:, : sink.length]
-            exact = (mean.float() + lost.float()).mul_(self.alpha).add_(gone, alpha=1 - self.alpha)
-            mean.copy_(exact)
-            lost.copy_(exact.sub_(mean))
+            lost = self.lost[i] if self.lost else None
+            blend_rows(x, lost, sink.start, evicted.start, sink.length, self.alpha)

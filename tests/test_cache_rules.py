@@ -7,9 +7,11 @@ import torch
 from naive_cache import NaiveCache
 from tiny_wan import CONFIG, tiny_inputs, tiny_model
 
+import raven
 from raven.cache import KVCache
 from raven.cache_rules import EmaSink
 from raven.presets import PRESETS, preset
+from raven.testing import relative_rms
 
 GRID = (2, 1)  # a frame of 4 x 2 latents
 SIZE = (4, 2)
@@ -261,3 +263,40 @@ def test_unknown_preset():
     with pytest.raises(ValueError, match="preset: got 'ltx', expected one of raven, causvid"):
         preset("ltx")
     assert preset("longlive", window=5)["window"] == 5 and PRESETS["longlive"]["window"] == 2
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", [{"keys": "rotated"}, {"keys": "raw"}, {"keys": "raw", "ema": 0.9}], ids=str)
+def test_gpu_is_as_exact_as_the_reference(rule):
+    """bfloat16 and heads of 128, eight chunks in a ring of three: errors relative to the plain rule in float64."""
+    config = replace(CONFIG, dim=256, num_layers=2)
+    exact = tiny_model(torch.float64, config)
+    chunks = latents(2, 8)
+    rule = {"sink": 1, "window": 1, **rule}
+    want = run(exact, NaiveCache(config, 1, GRID, **rule), chunks, prompt(exact))
+    model = tiny_model(torch.bfloat16, config).cuda()
+    errors = {}
+    for backend in ("reference", None):
+        raven.set_backend(backend)
+        cache = make_cache(2, torch.bfloat16, config=config, device="cuda", **rule)
+        got = run(model, cache, [x.cuda().float() for x in chunks], prompt(model))
+        errors[backend] = relative_rms(got.cpu(), want)
+    assert errors[None] <= 2 * errors["reference"] and errors["reference"] < 0.05
+
+
+@pytest.mark.gpu
+def test_gpu_waits_for_nothing():
+    """Once a ring has gone round, chunks, reads and blends neither upload nor read back."""
+    model = tiny_model(torch.bfloat16).cuda()
+    text, chunks = prompt(model), [x.cuda().float() for x in latents(1, 8)]
+    cache = make_cache(1, torch.bfloat16, device="cuda", sink=1, window=1, keys="raw", ema=0.999)
+    run(model, cache, chunks, text)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = run(model, cache, chunks, text, first=8)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert again.isfinite().all()

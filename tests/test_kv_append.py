@@ -138,7 +138,7 @@ def test_interpreted_raw_keys(triton_backend, weights):
 @pytest.mark.gpu
 @pytest.mark.parametrize("weights", [True, False])
 def test_gpu_raw_keys(weights):
-    raven.set_backend("triton")  # the other kernel is no bitwise peer, and rotates
+    raven.set_backend("triton")  # for qk_norm_rope too: another kernel is no bitwise peer
     check_raw(weights=weights, L=300, H=12, Hk=12, D=128, dtype=torch.bfloat16, device="cuda")
 
 

@@ -1,5 +1,6 @@
 """The public ops. Each picks its backend by its arguments; see `raven.explain` and `raven.set_backend`."""
 
+from raven.ops.blend_rows import blend_rows
 from raven.ops.chunk_attention import chunk_attention
 from raven.ops.consistency_step import consistency_step
 from raven.ops.gated_residual import gated_residual
@@ -12,6 +13,7 @@ from raven.ops.quantize_rows import quantize_rows
 from raven.ops.read_rows import read_rows
 
 __all__ = [
+    "blend_rows",
     "chunk_attention",
     "consistency_step",
     "gated_residual",
