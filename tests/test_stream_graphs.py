@@ -81,7 +81,7 @@ def assert_same_video(a, b):
 
 
 def in_the_ring(stream):
-    """Graphs of a stream whose window is full: for each slot the first step, the others, and the clean pass if apart."""
+    """Graphs of a stream whose window is full: for each slot the first step, the others, and a clean pass apart."""
     slots = stream.cache.num_slots - stream.sink
     return slots * (2 if stream.merge and stream.cache.can_merge else 3)
 
