@@ -36,7 +36,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
     """What one line explains; looked up when something was raised, because it brings torch."""
     from raven.errors import BackendUnavailableError
 
-    return ValueError, TypeError, OSError, FloatingPointError, BackendUnavailableError, ModuleNotFoundError
+    return ValueError, TypeError, OSError, MemoryError, FloatingPointError, BackendUnavailableError, ModuleNotFoundError
 
 
 def _is_a_bug(error: BaseException) -> bool:
@@ -154,21 +154,35 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         description="Stream videos from a causal few-step checkpoint. The file grows while the video is made.",
     )
     _add_traceback(generate)
-    generate.add_argument("--checkpoint", required=True, help="weights (.safetensors, .pt)")
-    generate.add_argument("--prompt", action="append", help="what to show; repeat it for several videos")
-    generate.add_argument("--context", help="text embeddings (.safetensors) instead of --prompt, for Wan checkpoints")
-    generate.add_argument("-o", "--out", default="out.mp4", help=".mp4, or .safetensors for latents")
-    generate.add_argument("--config", help="model config (.json), for checkpoints that do not carry one")
-    generate.add_argument("--frames", type=int, help="latent frames (default: as trained)")
-    generate.add_argument("--chunk-frames", type=int, help="latent frames of one chunk (default: as trained, else 3)")
-    generate.add_argument("--latent-size", help="HEIGHTxWIDTH of the latent (default: as trained, else 60x104)")
-    generate.add_argument("--sink", type=int, help="first chunks that stay visible (default: as trained, else 0)")
-    generate.add_argument("--window", type=int, help="past chunks that stay visible (default: as trained, else all)")
-    generate.add_argument("--steps", type=int, help="sampling steps of one chunk (default: as trained, else 4)")
-    generate.add_argument("--seed", type=int, default=0, help="video i is drawn from seed + i (default: 0)")
-    generate.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    generate.add_argument("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, else float32)")
-    generate.add_argument("--fps", type=float, help="frames per second of the mp4 (default: as trained, else 8)")
+    add = generate.add_argument
+    add("--checkpoint", required=True, help="weights (.safetensors, .pt, or a folder)")
+    add("--prompt", action="append", help="what to show; repeat it for several videos")
+    add("--prompts", metavar="FILE", help="prompts from a text file, one a line, instead of --prompt")
+    add(
+        "--switch",
+        action="append",
+        metavar="'FRAME: PROMPT'",
+        help="another prompt from this latent frame on, the first of a chunk (repeatable)",
+    )
+    add("--context", help="text embeddings (.safetensors) instead of prompts")
+    add("--wan", metavar="FOLDER", help="Wan's VAE and text encoder in diffusers' layout (pip extra: wan)")
+    add("-o", "--out", default="out.mp4", help=".mp4, or .safetensors for latents")
+    add("--config", help="model config (.json), for checkpoints that do not carry one")
+    add("--preset", help="a published model's chunks, sink and window, such as longlive (see raven.presets)")
+    add("--frames", type=int, help="latent frames (default: as trained, else 21)")
+    add("--chunk-frames", type=int, help="latent frames of one chunk (default: as trained, else 3)")
+    add("--size", help="HEIGHTxWIDTH of the video in pixels, such as 480x832")
+    add("--latent-size", help="HEIGHTxWIDTH of the latent (default: as trained, else 60x104)")
+    add("--sink", type=int, help="first chunks that stay visible (default: as trained, else 0)")
+    add("--window", type=int, help="past chunks that stay visible (default: as trained, else all)")
+    add("--steps", type=int, help="sampling steps of one chunk (default: as trained, else 4)")
+    add("--fp8", metavar="PARTS", help="keep cache, linears or cache,linears in float8 (default: neither)")
+    add("--eager", action="store_true", help="run without CUDA graphs")
+    add("--seed", type=int, default=0, help="video i is drawn from seed + i (default: 0)")
+    add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    add("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, else float32)")
+    add("--fps", type=float, help="frames per second of the mp4 (default: as trained, 16 with --wan)")
+    add("--ignore-memory", action="store_true", help="start even when the GPU's memory looks too small")
     generate.set_defaults(run=_generate)
 
 

@@ -1,134 +1,138 @@
-"""``raven generate``: stream videos from a checkpoint into a file that grows chunk by chunk."""
+"""``raven generate``: stream videos from a checkpoint into files that grow chunk by chunk."""
 
 from __future__ import annotations
 
-import json
+import signal
 import sys
+import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from raven.checkpoint import load_checkpoint, load_model, write_safetensors
+from raven.checkpoint import load_model
 from raven.demo import media
+from raven.handover import Decode, Decoded, Handover
+from raven.memory import GIB, Estimate, free_memory, require, stream_memory
 from raven.models.config import WanConfig
+from raven.output import LatentsFile, Videos, Writer
+from raven.request import (
+    DTYPES,
+    Request,
+    check_frames,
+    check_writable,
+    describe,
+    first_given,
+    latent_shape,
+    parse_fp8,
+    parse_switches,
+    pick_device,
+    read_prompts,
+    stream_options,
+)
 from raven.schedule import sampling_levels
+from raven.sources import Source, pick_source, read_context
 from raven.stream import Stream
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+__all__ = ["Request", "generate", "read_context"]
 
 
-@dataclass
-class Request:
-    """One call of ``raven generate``; ``None`` means: as the checkpoint was trained, else Wan's usual value.
+def generate(request: Request) -> list[Path]:
+    """Stream the videos of ``request`` and return the files written.
 
-    ``frames`` and ``chunk_frames`` count latent frames, ``sink`` and ``window`` chunks; ``latent_size`` is
-    ``HEIGHTxWIDTH`` of the latent.
+    A checkpoint of a built-in world, or one with Wan's VAE (``wan``), is decoded to mp4; latents are written as
+    ``.safetensors`` (``latents`` ``[B, C, F, H, W]`` float32). Raises ``ValueError`` for arguments that do not fit each
+    other or the checkpoint, ``OSError`` when a file cannot be read or written, ``MemoryError`` when the GPU is too
+    small. Whatever ends it, the chunks finished so far are in the files, and ``KeyboardInterrupt``, ``OSError`` and
+    ``MemoryError`` say how much that is.
     """
+    trained = describe(request.checkpoint)
+    options = stream_options(request, trained)
+    chunk, frames = options["chunk_frames"], first_given(request.frames, trained.get("frames"), 21)
+    check_frames(frames, chunk)
+    prompts, switches = read_prompts(request), parse_switches(request.switch, chunk, frames)
+    fp8 = parse_fp8(request.fp8)
+    device = pick_device(request.device)
+    kind = request.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if kind not in DTYPES:
+        raise ValueError(f"dtype: got {kind!r}, expected one of {', '.join(DTYPES)}")
+    dtype = DTYPES[kind]
+    source = pick_source(request, trained, dtype)
+    fps = first_given(request.fps, source.fps)
+    if not 0 < fps < float("inf"):
+        raise ValueError(f"fps: got {fps}, expected a positive number of frames per second")
+    out = Path(request.out)
+    suffixes = (".mp4", ".safetensors") if source.decodes else (".safetensors",)
+    if out.suffix not in suffixes:
+        why = "" if source.decodes else " (there is no decoder for this checkpoint's latents)"
+        raise ValueError(f"out: got {out.name!r}, expected a name that ends in {' or '.join(suffixes)}{why}")
+    films = out.suffix == ".mp4"
+    if films:
+        media.need("imageio_ffmpeg", "writing mp4")
+    later = [prompt for _, prompt in switches]
+    source.check_prompts(prompts, later)
+    check_writable(out)
 
-    checkpoint: str
-    prompt: list[str] | None = None
-    context: str | None = None
-    out: str = "out.mp4"
-    config: str | None = None
-    frames: int | None = None
-    chunk_frames: int | None = None
-    latent_size: str | None = None
-    sink: int | None = None
-    window: int | None = None
-    steps: int | None = None
-    seed: int = 0
-    device: str | None = None
-    dtype: str | None = None
-    fps: float | None = None
+    config = WanConfig.from_json(request.config) if request.config else None
+    model = load_model(request.checkpoint, config, device="cpu").eval().requires_grad_(False)
+    config = model.config
+    shape = latent_shape(request, trained, config, source.spatial)
+    source.check_model(config, [*prompts, *later])
+    batch = source.batch(prompts)
+    if device.type == "cuda":
+        asked = {
+            "batch": batch, "window": options["window"], "fp8_cache": "cache" in fp8, "fp8_linears": "linears" in fp8,
+        }  # fmt: skip
+        others = {name: options[name] for name in ("chunk_frames", "sink", "keys", "ema", "recache") if name in options}
+        others |= {"frames": frames, "dtype": dtype, "graphs": not request.eager}
 
+        def needed(**changes: Any) -> Estimate:
+            arguments = {**asked, **changes}
+            own = source.decoder_memory(arguments["batch"], shape[1:]) if films else {}
+            return stream_memory(config, latent_size=shape[1:], **others, **arguments).plus(own)
 
-def describe(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint of the demo says about itself: its world and how it was trained to sample; else ``{}``.
+        require(needed, free_memory(device), request.ignore_memory, **asked)
 
-    Raises ``FileNotFoundError`` without a file, ``ValueError`` when a ``.safetensors`` file cannot be read.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"checkpoint: got {path}, expected a checkpoint file")
-    if path.suffix != ".safetensors":
-        return {}
-    from safetensors import SafetensorError, safe_open
+    contexts = _encode(source, prompts, later, batch, config, device)
+    model = model.to(device=device, dtype=dtype)
+    if "linears" in fp8:
+        from raven.models.fp8 import quantize_linears
 
-    try:
-        with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {}).get("raven", "{}"))
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"checkpoint: {path} cannot be read ({error})") from error
+        model = quantize_linears(model)
+    if "cache" in fp8:
+        options["cache_dtype"] = torch.float8_e4m3fn
+    stream = Stream(model, contexts[0], shape, graphs=False if request.eager else None, **options)
+    levels = sampling_levels(request.steps) if request.steps is not None else trained.get("levels")
 
+    def chunks() -> Iterator[torch.Tensor]:
+        where = device if device.type == "cuda" else "cpu"
+        generators = [torch.Generator(where).manual_seed(request.seed + b) for b in range(batch)]
+        changes = [(frame, context) for (frame, _), context in zip(switches, contexts[1:], strict=True)]
+        return stream.generate(frames, levels, generator=generators, switches=changes)
 
-def pick_device(name: str | None) -> torch.device:
-    """The device of that name, or CUDA where there is one; ``ValueError`` when it cannot be used."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: got {name!r}, expected cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: got {name!r}, expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: got {name!r}, expected one of the {torch.cuda.device_count()} GPUs PyTorch sees")
-    return device
-
-
-def check_writable(path: Path) -> None:
-    """Raise ``OSError`` now rather than after minutes of work when ``path`` cannot be written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    existed = path.exists()
-    with path.open("ab"):
-        pass
-    if not existed:
-        path.unlink()
-
-
-def read_context(path: str | Path) -> list[torch.Tensor]:
-    """Text embeddings from a safetensors file: tensors ``[n, text_dim]``, or one ``[B, n, text_dim]``."""
-    tensors = load_checkpoint(path)
-    context: list[torch.Tensor] = []
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        if not isinstance(tensor, torch.Tensor) or tensor.ndim not in (2, 3):
-            got = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise ValueError(f"context: got {got} for {name!r}, expected [n, text_dim] or [B, n, text_dim]")
-        context += [tensor] if tensor.ndim == 2 else list(tensor)
-    if not context:
-        raise ValueError(f"context: {path} holds no tensors, expected text embeddings [n, text_dim]")
-    return context
+    sink: Videos | LatentsFile
+    if films:
+        sink = Videos(_outputs(out, batch), fps, key_every=source.frames(2 * chunk) - source.frames(chunk))
+    else:
+        sink = LatentsFile(out, (batch, shape[0], frames, *shape[1:]))
+    line = _LiveLine(frames // chunk, source.frames(frames) if films else frames, device)
+    decode = source.decoder(device) if films else torch.Tensor.float
+    _run(lambda: stream.warm_up(frames, levels, line.warm_up), chunks, decode, device, sink, line)
+    return sink.paths
 
 
-def _default(*values: Any) -> Any:
-    return next((v for v in values if v is not None), None)
-
-
-def _latent_shape(request: Request, trained: dict, channels: int) -> tuple[int, int, int]:
-    if request.latent_size is None:
-        return (channels, *trained.get("latent_shape", (channels, 60, 104))[1:])
-    sides = request.latent_size.lower().split("x")
-    if len(sides) != 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
-        raise ValueError(f"latent_size: got {request.latent_size!r}, expected HEIGHTxWIDTH such as 60x104")
-    return channels, int(sides[0]), int(sides[1])
-
-
-def _contexts(request: Request, world: Any, device: torch.device) -> Any:
-    if request.context is not None:
-        if request.prompt:
-            raise ValueError("context: got it together with prompt, expected one of them")
-        return [rows.to(device) for rows in read_context(request.context)]
-    if world is None:
-        raise ValueError(
-            "prompt: this checkpoint comes without a text encoder; give --context FILE.safetensors with embeddings"
-        )
-    if not request.prompt:
-        raise ValueError("prompt: got none, expected at least one, such as " + repr(world.prompts(1, seed=0)[0]))
-    return world.encode(request.prompt, device=device)
+def _encode(
+    source: Source, prompts: list[str], later: list[str], batch: int, config: WanConfig, device: torch.device
+) -> list[list[torch.Tensor]]:
+    """The context of the beginning, and of every switch: each prompt encoded once."""
+    if not prompts:
+        return [source.encode((), config, device)]
+    different = list(dict.fromkeys([*prompts, *later]))
+    rows = dict(zip(different, source.encode(different, config, device), strict=True))
+    return [[rows[prompt] for prompt in prompts], *([rows[prompt]] * batch for prompt in later)]
 
 
 def _outputs(out: Path, count: int) -> list[Path]:
@@ -138,92 +142,91 @@ def _outputs(out: Path, count: int) -> list[Path]:
     return [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(count)]
 
 
-def generate(request: Request) -> list[Path]:
-    """Stream the videos of ``request`` and return the files written.
+def _run(
+    warm_up: Callable[[], object],
+    chunks: Callable[[], Iterator[torch.Tensor]],
+    decode: Decode,
+    device: torch.device,
+    sink: Videos | LatentsFile,
+    line: _LiveLine,
+) -> None:
+    """Generate, decode and write side by side; whatever ends it, what is finished goes into the files first."""
 
-    A checkpoint of a built-in world is decoded to mp4; otherwise the finished latents are written as ``.safetensors``
-    (``latents`` ``[B, C, F, H, W]`` float32). Raises ``ValueError`` for arguments that do not fit each other or the
-    checkpoint, ``OSError`` when a file cannot be read or written.
-    """
-    trained = describe(request.checkpoint)
-    out = Path(request.out)
-    world = None
-    if "world" in trained:
-        from raven.worlds import Shapes
+    def write(done: Decoded) -> None:
+        result = done.wait()
+        sink.add(result)
+        line.add(sink.done, done.seconds)
 
-        world = Shapes(**trained["world"])
-    suffixes = (".mp4", ".safetensors") if world is not None else (".safetensors",)
-    if out.suffix not in suffixes:
-        why = "" if world is not None else " (there is no decoder for this checkpoint's latents)"
-        raise ValueError(f"out: got {out.name!r}, expected a name that ends in {' or '.join(suffixes)}{why}")
-    device = pick_device(request.device)
-    kind = request.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    if kind not in DTYPES:
-        raise ValueError(f"dtype: got {kind!r}, expected one of {', '.join(DTYPES)}")
-    fps = _default(request.fps, trained.get("fps"), 8.0)
-    if not 0 < fps < float("inf"):
-        raise ValueError(f"fps: got {fps}, expected a positive number of frames per second")
-    context = _contexts(request, world, device)
-    if out.suffix == ".mp4":
-        media.need("imageio_ffmpeg", "writing mp4")
-    check_writable(out)
+    try:
+        writer = Writer(write)
+        try:
+            warm_up()
+            line.start()
+            handover = Handover(decode, device)
+            for x in chunks():
+                writer.put(handover.submit(x))
+        finally:
+            with _undisturbed():
+                try:
+                    writer.close()
+                finally:
+                    sink.close()
+                    line.end()
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"Stopped: {sink.kept(line.total)}.") from stop
+    except OSError as error:
+        raise OSError(f"{error}; {sink.kept(line.total)}") from error
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        raise MemoryError(f"the GPU's memory ran out ({reason}); {sink.kept(line.total)}") from error
 
-    config = WanConfig.from_json(request.config) if request.config else None
-    model = load_model(request.checkpoint, config, device=device, dtype=DTYPES[kind]).eval().requires_grad_(False)
-    chunk = _default(request.chunk_frames, trained.get("chunk_frames"), 3)
-    frames = _default(request.frames, trained.get("frames"), 21)
-    window = _default(request.window, trained.get("window"))
-    sink = _default(request.sink, trained.get("sink"), 0)
-    levels = sampling_levels(request.steps) if request.steps is not None else trained.get("levels")
-    shape = _latent_shape(request, trained, model.config.in_dim)
-    stream = Stream(model, context, shape, chunk, sink=sink, window=window)
-    generators = [torch.Generator().manual_seed(request.seed + b) for b in range(stream.batch)]
-    chunks = stream.generate(frames, levels, generator=generators)
-    if out.suffix == ".safetensors":
-        return _write_latents(out, chunks, chunk, frames)
-    return _write_videos(_outputs(out, stream.batch), chunks, chunk, frames, fps)
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C waits until the files are finished: a chunk or two are left to write."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 class _LiveLine:
-    """``chunk 3/12, frame 9/36, 14.2 frames/s``, rewritten after every chunk."""
+    """``chunk 3/7, frame 33/81, 38.2 frames/s, newest chunk 245 ms, 9.8 GiB``, rewritten after every chunk."""
 
-    def __init__(self, chunk: int, frames: int) -> None:
-        self.chunks, self.frames = frames // chunk, frames
-        self.done = 0
-        self.start = time.perf_counter()
+    def __init__(self, chunks: int, total: int, device: torch.device) -> None:
+        self.chunks, self.total, self.device = chunks, total, device
+        self._chunk = 0
+        self._open = False
+        self.start()
 
-    def add(self, frames: int) -> None:
-        self.done += frames
-        rate = self.done / max(time.perf_counter() - self.start, 1e-9)
-        number = self.done * self.chunks // self.frames
-        end = "\n" if self.done >= self.frames else ""
-        print(
-            f"\rchunk {number}/{self.chunks}, frame {self.done}/{self.frames}, {rate:.1f} frames/s",
-            end=end,
-            file=sys.stderr,
-            flush=True,
-        )
+    def warm_up(self, done: int, total: int) -> None:
+        """Say how far the warm-up is."""
+        self._print(f"warming up, chunk {done}/{total}", done == total)
 
+    def start(self) -> None:
+        """Rates count from here."""
+        self._start = time.perf_counter()
 
-def _write_latents(path: Path, chunks: Any, chunk: int, frames: int) -> list[Path]:
-    line, finished = _LiveLine(chunk, frames), []
-    for x in chunks:
-        finished.append(x.float().cpu())
-        line.add(x.shape[2])
-    write_safetensors(path, {"latents": torch.cat(finished, dim=2).contiguous()})
-    return [path]
+    def add(self, done: int, seconds: float) -> None:
+        """One more chunk is written: frames in all, and how long the newest took."""
+        self._chunk += 1
+        rate = done / max(time.perf_counter() - self._start, 1e-9)
+        parts = [f"chunk {self._chunk}/{self.chunks}", f"frame {done}/{self.total}", f"{rate:.1f} frames/s"]
+        parts.append(f"newest chunk {1e3 * seconds:.0f} ms")
+        if self.device.type == "cuda":
+            parts.append(f"{torch.cuda.memory_reserved(self.device) / GIB:.1f} GiB")
+        self._print(", ".join(parts), done >= self.total)
 
+    def end(self) -> None:
+        """Leave the line, so that what comes next has one of its own."""
+        if self._open:
+            self._print("", True)
 
-def _write_videos(paths: list[Path], chunks: Any, chunk: int, frames: int, fps: float) -> list[Path]:
-    from contextlib import ExitStack
-
-    from raven.worlds.pictures import to_uint8
-
-    line = _LiveLine(chunk, frames)
-    with ExitStack() as stack:
-        writers = [stack.enter_context(media.VideoWriter(path, fps, key_every=chunk)) for path in paths]
-        for x in chunks:
-            for writer, video in zip(writers, x, strict=True):
-                writer.add(media.enlarge(to_uint8(video).numpy()))
-            line.add(x.shape[2])
-    return paths
+    def _print(self, text: str, last: bool) -> None:
+        lead = "\r" if text else ""
+        print(f"{lead}{text}", end="\n" if last else "", file=sys.stderr, flush=True)
+        self._open = not last

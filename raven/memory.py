@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,6 +26,10 @@ class Estimate:
     def total(self) -> int:
         """All parts together, in bytes."""
         return sum(self.parts.values())
+
+    def plus(self, parts: Mapping[str, int]) -> Estimate:
+        """With more parts."""
+        return Estimate({**self.parts, **parts})
 
     def __str__(self) -> str:
         inside = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts.items() if size >= 0.005 * GIB)
@@ -48,14 +54,16 @@ def parameters(config: WanConfig) -> int:
     return config.num_layers * (linears + norms + 6 * d) + text + time + ends
 
 
-def cache_slots(frames: int | None, chunk_frames: int, sink: int, window: int | None) -> int:
+def cache_slots(
+    frames: int | None, chunk_frames: int, sink: int, window: int | None, merged: bool = True, recache: int = 0
+) -> int:
     """Chunks for which a stream's cache has room."""
-    chunks = None if frames is None else -(-frames // chunk_frames)
     if window is None:
-        if chunks is None:
+        if frames is None:
             raise ValueError("frames: got None, expected the length of the video (window is None as well)")
-        return chunks
-    return sink + window + 1
+        return -(-frames // chunk_frames)
+    # Merged passes need a slot more than the ring, and what is encoded anew may reach further back than the window.
+    return sink + window + 1 + max(int(merged), recache - window - 1)
 
 
 def stream_memory(
@@ -71,23 +79,25 @@ def stream_memory(
     guidance: bool = False,
     fp8_cache: bool = False,
     fp8_linears: bool = False,
-    raw_keys: bool = False,
-    merged: bool = True,
+    keys: str = "rotated",
+    ema: float | None = None,
+    recache: int = 0,
     graphs: bool = True,
 ) -> Estimate:
     """Peak memory on the GPU of a ``Stream`` with these arguments, without what decodes its latents.
 
     ``latent_size`` is (H, W); ``frames``, ``chunk_frames`` count latent frames, ``sink``, ``window`` chunks. With
-    ``guidance`` everything runs on twice the batch. ``merged``: the clean pass runs together with the next chunk's
-    first step. ``raw_keys``: keys are rotated when they are read.
+    ``guidance`` everything runs on twice the batch. Other arguments as in ``Stream``.
     """
     size = dtype.itemsize
+    merged = keys == "rotated"  # the clean pass of a chunk runs together with the next chunk's first step
     d, f, layers = config.dim, config.ffn_dim, config.num_layers
     rows = batch * (2 if guidance else 1)
     _, ph, pw = config.patch_size
     per_frame = (latent_size[0] // ph) * (latent_size[1] // pw)
     chunk_tokens = chunk_frames * per_frame
-    stored = cache_slots(frames, chunk_frames, sink, window) * chunk_tokens * rows  # tokens of one layer
+    slots = cache_slots(frames, chunk_frames, sink, window, merged, recache)
+    stored = slots * chunk_tokens * rows  # tokens of one layer
 
     weights = parameters(config) * size
     if fp8_linears:
@@ -97,12 +107,16 @@ def stream_memory(
     cache = 2 * layers * stored * d * element
     if fp8_cache:
         cache += 2 * layers * stored * config.num_heads * 4
+    if ema is not None:
+        cache += 2 * layers * sink * chunk_tokens * rows * d * size
     # One layer's keys (and values, when they are stored in another form) as attention reads them.
-    read = stored * d * size * (2 if fp8_cache else 1 if raw_keys else 0)
+    read = stored * d * size * (2 if fp8_cache else int(not merged))
 
     tokens = rows * chunk_tokens * (2 if merged else 1)
-    # The widest moment of a block: the residual stream, the normed input, and the MLP before and after its GELU.
-    activations = tokens * size * (2 * d + 2 * f)
+    # The widest moment of a block: the residual stream, the normed input, the MLP's hidden layer (in half precision its
+    # GELU is part of the product) and its output.
+    hidden = f if size == 2 and not fp8_linears else 2 * f
+    activations = tokens * size * (3 * d + hidden)
     graph = CUBLAS_WORKSPACE * (2 if graphs else 0)
     return Estimate(
         {
@@ -114,3 +128,43 @@ def stream_memory(
             "workspaces": 2 * CUBLAS_WORKSPACE + graph,
         }
     )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process could still allocate on a GPU."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
+def require(needed: Callable[..., Estimate], free: int, ignore: bool = False, **asked: Any) -> None:
+    """Say on stderr how much memory a stream needs; ``MemoryError`` with what would help when less is ``free``.
+
+    ``needed(**changes)`` is the estimate with arguments of ``stream_memory`` changed; ``asked`` the present ones that
+    could be smaller. ``ignore``: say it and go on.
+    """
+    estimate = needed()
+    text = f"needs about {estimate} of GPU memory; {free / GIB:.2f} GiB are free"
+    if estimate.total <= free:
+        print(text, file=sys.stderr)
+        return
+    if ignore:
+        print(f"{text}; going on all the same", file=sys.stderr)
+        return
+    changes: dict[str, dict[str, Any]] = {}
+    if asked.get("window") is None or asked["window"] > 2:
+        changes["--window 2"] = {"window": 2}
+    if not asked.get("fp8_cache"):
+        changes["--fp8 cache"] = {"fp8_cache": True}
+        if not asked.get("fp8_linears"):
+            changes["--fp8 cache,linears"] = {"fp8_cache": True, "fp8_linears": True}
+    if asked.get("batch", 1) > 1:
+        changes["one prompt at a time"] = {"batch": 1}
+    if len(changes) > 1:
+        together: dict[str, Any] = {}
+        for change in changes.values():
+            together |= change
+        changes["all of these"] = together
+    totals = {name: needed(**change).total for name, change in changes.items()}
+    helps = [f"{name} ({total / GIB:.2f} GiB)" for name, total in totals.items() if total <= free]
+    advice = f"it would fit with {', or '.join(helps)}" if helps else "a smaller --size or --chunk-frames would help"
+    raise MemoryError(f"{text}; {advice}; --ignore-memory tries it all the same")

@@ -214,7 +214,7 @@ def test_bad_input_of_generate_is_one_line(checkpoint, bare_checkpoint, tmp_path
     assert "dtype: got 'int8'" in failure(capsys, *good, "--prompt", PROMPT, "--dtype", "int8")
     assert "out: got 'out.gif'" in failure(capsys, *good, "--prompt", PROMPT, "-o", tmp_path / "out.gif")
     assert "latent_size" in failure(capsys, *good, "--prompt", PROMPT, "--latent-size", "16")
-    assert "latent_shape" in failure(capsys, *good, "--prompt", PROMPT, "--latent-size", "16x17")
+    assert "multiples of the patches of 8x8" in failure(capsys, *good, "--prompt", PROMPT, "--latent-size", "16x17")
     bare = ["generate", "--checkpoint", bare_checkpoint]
     assert "no decoder" in failure(capsys, *bare, "--prompt", PROMPT, "-o", mp4)
     assert "--context" in failure(capsys, *bare, "--prompt", PROMPT, "-o", tmp_path / "l.safetensors")

@@ -84,10 +84,10 @@ def test_text_is_as_in_wans_own_padded_call(text):
     ours = text.encode(prompts, text_len=24)
     padded = text.tokenizer(prompts, padding="max_length", max_length=24, return_tensors="pt")
     with torch.no_grad():
-        rows = text.encoder(padded.input_ids, padded.attention_mask).last_hidden_state
+        rows = text.encoder()(padded.input_ids, padded.attention_mask).last_hidden_state
     for i, own in enumerate(ours):
         length = int(padded.attention_mask[i].sum())
-        assert own.shape == (length, text.width) and length < 24
+        assert own.shape == (length, 16) and length < 24
         torch.testing.assert_close(own, rows[i, :length], rtol=0, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Videos as files: frames as bytes, mp4 written chunk by chunk, animated previews, side-by-side grids."""
+"""Videos as files: frames as bytes, animated previews, side-by-side grids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from types import ModuleType
 
 import numpy as np
 
-INSTALL_HINT = "pip install raven-kernels[demo]"
+from raven.video import INSTALL_HINT, VideoWriter
+
+__all__ = ["INSTALL_HINT", "VideoWriter", "animated_webp", "enlarge", "grid", "need", "write_mp4"]
 
 
 def need(package: str, purpose: str) -> ModuleType:
@@ -31,64 +33,6 @@ def enlarge(frames: np.ndarray, at_least: int = 192) -> np.ndarray:
     if factor % 2 and (height % 2 or width % 2):
         factor += 1
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
-
-
-class VideoWriter:
-    """An mp4 file (H.264) that grows while a video is generated.
-
-    Fragments are closed at every key frame, so the part written so far plays also after an interruption. Opening
-    fails with ``OSError`` when the folder cannot be written, before any time is spent on sampling.
-
-    Use as a context manager; ``add(frames)`` takes ``[F, H, W, 3]`` uint8 of one size throughout.
-    """
-
-    def __init__(self, path: str | Path, fps: float = 8.0, key_every: int = 3) -> None:
-        self.path = Path(path)
-        self.fps = fps
-        self.key_every = key_every
-        self._ffmpeg = need("imageio_ffmpeg", "writing mp4")
-        self._sink = None
-        self._size: tuple[int, int] | None = None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.open("wb").close()
-
-    def add(self, frames: np.ndarray) -> None:
-        """Append frames ``[F, H, W, 3]`` uint8, even height and width."""
-        if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
-            raise ValueError(f"frames: got shape {frames.shape}, dtype {frames.dtype}, expected [F, H, W, 3] uint8")
-        size = (frames.shape[2], frames.shape[1])
-        if size[0] % 2 or size[1] % 2:
-            raise ValueError(f"frames: got {size[0]} x {size[1]} pixels, expected even width and height")
-        if self._sink is None:
-            self._size = size
-            self._sink = self._ffmpeg.write_frames(
-                str(self.path),
-                size,
-                fps=self.fps,
-                quality=None,
-                macro_block_size=1,
-                output_params=[
-                    *("-crf", "16", "-preset", "veryfast", "-tune", "zerolatency", "-g", str(self.key_every)),
-                    *("-movflags", "frag_keyframe+empty_moov+default_base_moof"),
-                ],
-            )
-            self._sink.send(None)
-        if size != self._size:
-            raise ValueError(f"frames: got {size} pixels, expected {self._size} like the frames before")
-        for frame in frames:
-            self._sink.send(np.ascontiguousarray(frame))
-
-    def close(self) -> None:
-        """Finish the file."""
-        if self._sink is not None:
-            self._sink.close()
-            self._sink = None
-
-    def __enter__(self) -> VideoWriter:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def write_mp4(path: str | Path, frames: np.ndarray, fps: float = 8.0) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,33 +23,44 @@ def clean(prompt: str) -> str:
 
 
 class WanText:
-    """Prompts to rows of text embeddings. ``tokenizer``, ``encoder``: as transformers loads them."""
+    """Prompts to rows of text embeddings, with the tokenizer and the encoder of a folder in diffusers' layout.
 
-    def __init__(self, tokenizer: Any, encoder: Any) -> None:
+    The encoder (5.7 billion weights in Wan's own) is read at the first ``encode`` and kept until ``release``.
+    """
+
+    def __init__(self, tokenizer: Any, encoder_folder: Path, dtype: torch.dtype) -> None:
         self.tokenizer = tokenizer
-        self.encoder = encoder.eval().requires_grad_(False)
+        self.dtype = dtype
+        self._folder = encoder_folder
+        self._encoder: Any = None
 
     @classmethod
-    def load(
-        cls,
-        folder: str | PathLike[str],
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> WanText:
-        """Read ``folder/tokenizer`` and ``folder/text_encoder`` (5.7 billion weights in Wan's own).
+    def load(cls, folder: str | PathLike[str], dtype: torch.dtype = torch.bfloat16) -> WanText:
+        """Read ``folder/tokenizer`` and find ``folder/text_encoder``, whose weights will have ``dtype``.
 
-        ``ModuleNotFoundError`` without transformers, ``OSError`` when they cannot be read.
+        ``ModuleNotFoundError`` without transformers or ftfy, ``OSError`` when they cannot be read.
         """
         paths = [part_of(folder, name) for name in ("tokenizer", "text_encoder")]
+        need("ftfy", "cleaning prompts")
         transformers = need("transformers", "encoding prompts")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(paths[0])
-        encoder = transformers.UMT5EncoderModel.from_pretrained(paths[1], dtype=dtype)
-        return cls(tokenizer, encoder.to(device))
+        return cls(transformers.AutoTokenizer.from_pretrained(paths[0]), paths[1], dtype)
 
     @property
-    def width(self) -> int:
-        """Numbers in a row of ``encode``."""
-        return self.encoder.config.d_model
+    def nbytes(self) -> int:
+        """Bytes of the encoder's weights, about: those of its files, as if they had ``dtype`` already."""
+        return sum(file.stat().st_size for file in self._folder.glob("*.safetensors"))
+
+    def encoder(self, device: torch.device | str = "cpu") -> Any:
+        """The ``UMT5EncoderModel``, on the device."""
+        if self._encoder is None:
+            transformers = need("transformers", "encoding prompts")
+            model = transformers.UMT5EncoderModel.from_pretrained(self._folder, dtype=self.dtype)
+            self._encoder = model.eval().requires_grad_(False)
+        return self._encoder.to(device)
+
+    def release(self) -> None:
+        """Give the encoder's memory back."""
+        self._encoder = None
 
     def tokenize(self, prompts: Sequence[str], text_len: int = 512) -> list[list[int]]:
         """Token ids of cleaned prompts, the end mark included; ``ValueError`` for more than ``text_len`` of them."""
@@ -60,14 +72,14 @@ class WanText:
         return tokens
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], text_len: int = 512) -> list[torch.Tensor]:
+    def encode(
+        self, prompts: Sequence[str], text_len: int = 512, device: torch.device | str = "cpu"
+    ) -> list[torch.Tensor]:
         """One ``[n_i, width]`` a prompt, n_i its number of tokens; rows beyond them are the transformer's zeros.
 
         Each prompt runs on its own: padding would change nothing but the time. Raises ``ValueError`` for a prompt of
         more than ``text_len`` tokens.
         """
-        device = self.encoder.device
-        return [
-            self.encoder(torch.tensor([ids], device=device)).last_hidden_state[0]
-            for ids in self.tokenize(prompts, text_len)
-        ]
+        tokens = self.tokenize(prompts, text_len)
+        encoder = self.encoder(device)
+        return [encoder(torch.tensor([ids], device=device)).last_hidden_state[0] for ids in tokens]

@@ -49,6 +49,13 @@ class WanVAE:
         vae.encoder = vae.quant_conv = None
         return cls(vae.to(device))
 
+    def to(self, device: torch.device | str) -> WanVAE:
+        """Move weights to a device; videos begin anew."""
+        self.vae.to(device)
+        self._mean, self._std = self._mean.to(device), self._std.to(device)
+        self.reset()
+        return self
+
     def reset(self) -> None:
         """Begin new videos."""
         self._features: list[list[Any]] = []
@@ -56,6 +63,18 @@ class WanVAE:
     def frames(self, latent_frames: int) -> int:
         """Video frames of so many latent frames from the start."""
         return 1 + self.temporal * (latent_frames - 1)
+
+    def memory(self, batch: int, latent_size: tuple[int, int]) -> dict[str, int]:
+        """Bytes that decoding ``batch`` videos of latents (H, W) takes at its peak, by what they are for."""
+        config, size = self.vae.config, self.vae.dtype.itemsize
+        pixels = latent_size[0] * latent_size[1] * self.spatial**2
+        width = config.decoder_base_dim or config.base_dim
+        weights = sum(p.numel() for p in self.vae.parameters()) * size
+        # Two frames of the input of every convolution; half of all that is at the full resolution.
+        features = batch * 2 * pixels * width * size * 12
+        # The last upsampling, in float32, of the four frames of a latent frame.
+        activations = self.temporal * pixels * width * (4 * 2 + 2 * size)
+        return {"VAE": weights, "VAE features": features, "VAE decoding": activations}
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import torch
 
 
-def to_uint8(video: torch.Tensor) -> torch.Tensor:
-    """``[B, 3, F, H, W]`` (or without B) in [-1, 1] as ``[B, F, H, W, 3]`` uint8 on the CPU, rounded and clipped."""
+def to_bytes(video: torch.Tensor) -> torch.Tensor:
+    """``[B, 3, F, H, W]`` (or without B) in [-1, 1] as ``[B, F, H, W, 3]`` uint8 where it is, rounded and clipped."""
     levels = (video.detach().float().nan_to_num(0.0).clamp(-1, 1) + 1) * 127.5
-    return levels.round().to(torch.uint8).movedim(-4, -1).contiguous().cpu()
+    return levels.round().to(torch.uint8).movedim(-4, -1).contiguous()
+
+
+def to_uint8(video: torch.Tensor) -> torch.Tensor:
+    """The same as ``to_bytes``, on the CPU."""
+    return to_bytes(video).cpu()
 
 
 def contact_sheet(video: torch.Tensor, gap: int = 1, zoom: int = 1) -> torch.Tensor:
