@@ -1,10 +1,10 @@
 """Streaming at Wan2.1-1.3B size with random weights: 480x832, chunks of 3 latent frames, 4 steps, bfloat16.
 
-No guidance; the transformer alone, without text encoder and decoder. An 81-frame video is 7 chunks; `frames_per_s` counts the 6
-passes that encode a chunk for the next, `frames_per_s_with_last_pass` also the seventh, which the official code runs.
-Windows are measured when the ring goes round: 12 video frames a chunk. Every row is refused unless chunks replayed as
-CUDA graphs are, bit for bit, those of the eager mode. Rows of "cuda" use Hopper's kernels where an op has one and
-Triton's elsewhere.
+No guidance; the transformer alone, without text encoder and decoder. An 81-frame video is 7 chunks; `frames_per_s`
+counts the 6 passes that encode a chunk for the next, `frames_per_s_with_last_pass` also the seventh, which the official
+code runs. Windows are measured when the ring goes round: 12 video frames a chunk. Every row is refused unless chunks
+replayed as CUDA graphs are, bit for bit, those of the eager mode. Rows of "cuda" use Hopper's kernels where an op has
+one and Triton's elsewhere.
 
 `first_chunk_ms` is wall time from a new video to its first chunk, after the warm-up; `idle_percent` the share of a
 replayed chunk in which no kernel ran.

@@ -121,7 +121,20 @@ def _step() -> list[Limit]:
     ]
 
 
-LIMITS = (*_step(),)
+def _stream() -> list[Limit]:
+    whole, ring, two = (("stream", case, "forward") for case in ("full-history", "sink-1-window-2", "two-prompts"))
+    rate = ("frames_per_s", "frames/s")
+    return [
+        Limit(*whole, *rate, 38.0, 48.0, at_least=True),
+        Limit(*ring, *rate, 42.0, 55.0, at_least=True),
+        Limit("stream", "full-history-fp8", "forward", *rate, 43.0, 55.0, at_least=True),
+        Limit(*whole, "first_chunk_ms", "ms", 160.0, 125.0),
+        Limit(*whole, "idle_percent", "%", 2.0),
+        Limit(*two, "of_one_prompt", "x one prompt", 1.0, 1.1, at_least=True),
+    ]
+
+
+LIMITS = (*_step(), *_stream())
 
 
 def find(rows: Sequence[Row], op: str, case: str, direction: str, backend: str) -> Row | None:
