@@ -107,7 +107,7 @@ def stream_memory(
     cache = 2 * layers * stored * d * element
     if fp8_cache:
         cache += 2 * layers * stored * config.num_heads * 4
-    if ema is not None:
+    if ema is not None and size == 2:  # what rounding takes from the blended sink
         cache += 2 * layers * sink * chunk_tokens * rows * d * size
     # One layer's keys (and values, when they are stored in another form) as attention reads them.
     read = stored * d * size * (2 if fp8_cache else int(not merged))

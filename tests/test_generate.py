@@ -1,0 +1,489 @@
+"""``raven generate``: prompts, switches and checkpoints in every form; whatever stops it, what is finished is kept."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import raven.video as video_module
+from raven import cli, generate
+from raven.checkpoint import save_checkpoint
+from raven.handover import Handover
+from raven.memory import cache_slots, parameters, require, stream_memory
+from raven.models import CausalWan, WanConfig
+from raven.output import LatentsFile, Writer
+from raven.request import Request, parse_fp8, parse_switches, read_prompts, stream_options
+from raven.stream import Stream
+from raven.video import VideoWriter, count_frames, trim
+from raven.worlds import Shapes
+from raven.worlds.pictures import to_uint8
+
+RED, BLUE = "a red circle moves left", "a blue square moves up"
+WORLD = {"size": 16, "max_shapes": 1}
+
+
+@pytest.fixture(scope="module")
+def world():
+    return Shapes(**WORLD)
+
+
+@pytest.fixture(scope="module")
+def model(world):
+    torch.manual_seed(0)
+    model = CausalWan(WanConfig(
+        dim=32, ffn_dim=32, num_heads=1, num_layers=1, in_dim=3, out_dim=3, freq_dim=32,
+        text_dim=world.text_dim, text_len=world.text_len, patch_size=(1, 8, 8),
+    ))  # fmt: skip
+    with torch.no_grad():
+        model.head.head.weight.normal_(std=0.3)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "student.safetensors"
+    trained = {"world": WORLD, "latent_shape": [3, 16, 16], "chunk_frames": 2, "frames": 6, "sink": 1, "window": 1}
+    save_checkpoint(path, model, metadata={"raven": json.dumps(trained)})
+    return path
+
+
+def latents(path):
+    return load_file(path)["latents"]
+
+
+def run(checkpoint, out, prompts=(RED,), **options):
+    generate.generate(Request(str(checkpoint), list(prompts), out=str(out), device="cpu", **options))
+    return latents(out) if str(out).endswith(".safetensors") else out
+
+
+def stopped_after(chunks, error):
+    """A stream that raises after so many chunks, as an interruption or a fault would."""
+    whole = Stream.generate
+
+    def generate_some(self, *args, **kwargs):
+        for i, x in enumerate(whole(self, *args, **kwargs)):
+            if i == chunks:
+                raise error
+            yield x
+
+    return generate_some
+
+
+# What is asked for
+
+
+def test_prompts_from_a_file(checkpoint, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"{RED}\n\n  {BLUE} \n", encoding="utf-8")
+    request = Request(str(checkpoint), prompts=str(tmp_path / "prompts.txt"), out=str(tmp_path / "a.safetensors"))
+    assert read_prompts(request) == [RED, BLUE]
+    generate.generate(request)
+    assert torch.equal(latents(tmp_path / "a.safetensors"), run(checkpoint, tmp_path / "b.safetensors", [RED, BLUE]))
+
+
+@pytest.mark.parametrize("content, message", [(b"\n \n", "holds none"), (b"\xff\xfe", "not a text file in UTF-8")])
+def test_unusable_prompt_files(tmp_path, content, message):
+    (tmp_path / "p.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(Request("x", prompts=str(tmp_path / "p.txt")))
+    with pytest.raises(ValueError, match="together with prompt"):
+        read_prompts(Request("x", [RED], prompts=str(tmp_path / "p.txt")))
+
+
+def test_a_switch_changes_the_chunks_from_its_frame_on(checkpoint, model, world, tmp_path):
+    red, switched = (
+        run(checkpoint, tmp_path / f"{i}.safetensors", switch=s) for i, s in enumerate((None, [f"4: {BLUE}"]))
+    )
+    assert torch.equal(red[:, :, :4], switched[:, :, :4])
+    assert not torch.equal(red[:, :, 4:], switched[:, :, 4:])
+    stream = Stream(model, world.encode([RED]), (3, 16, 16), 2, sink=1, window=1)
+    own = stream.generate(6, generator=[torch.Generator().manual_seed(0)], switches=[(4, world.encode([BLUE]))])
+    torch.testing.assert_close(switched, torch.cat(list(own), dim=2), rtol=0, atol=1e-6)
+
+
+def test_switches_are_read_in_order_for_every_video(checkpoint, tmp_path):
+    assert parse_switches(["12:b  c ", " 3 : a: x"], 3, 15) == [(3, "a: x"), (12, "b  c")]
+    both = run(checkpoint, tmp_path / "a.safetensors", [RED, RED], switch=[f"2:{BLUE}"])
+    alone = run(checkpoint, tmp_path / "b.safetensors", [RED], switch=[f"2:{BLUE}"])
+    torch.testing.assert_close(both[:1], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "switches, message",
+    [
+        (["a dog"], "got 'a dog', expected FRAME: PROMPT, such as '3: a dog runs'"),
+        (["6:  "], "expected FRAME: PROMPT"),
+        (["-3: a dog"], "expected FRAME: PROMPT"),
+        (["0: a dog"], "got frame 0, expected the first latent frame of a later chunk, such as 3"),
+        (["7: a dog"], "got frame 7, .* such as 6 or 9"),
+        (["12: a dog"], "got frame 12, .* such as 9"),
+        (["6: a dog", "6: a cat"], "two prompts for frame 6"),
+    ],
+)
+def test_bad_switches(switches, message):
+    with pytest.raises(ValueError, match=f"switch: .*{message}"):
+        parse_switches(switches, 3, 12)
+
+
+def test_options_go_over_the_preset_and_the_preset_over_the_training():
+    trained = {"chunk_frames": 2, "sink": 5, "window": 7, "frames": 6}
+    assert stream_options(Request("x"), {}) == {"chunk_frames": 3, "sink": 0, "window": None}
+    assert stream_options(Request("x", window=1), trained) == {"chunk_frames": 2, "sink": 5, "window": 1}
+    named = stream_options(Request("x", preset="longlive", sink=2), trained)
+    assert (named["chunk_frames"], named["sink"], named["window"]) == (3, 2, 2)
+
+
+@pytest.mark.parametrize("preset", ["self_forcing_frames", "longlive", "longlive_inf", "reward_forcing", "causvid"])
+def test_presets_run(checkpoint, tmp_path, preset):
+    assert run(checkpoint, tmp_path / "a.safetensors", preset=preset, frames=9).shape == (1, 3, 9, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "parts, expected", [(None, set()), ("cache", {"cache"}), ("linears, cache", {"cache", "linears"})]
+)
+def test_float8_parts(parts, expected):
+    assert parse_fp8(parts) == expected
+
+
+def test_float8_runs_and_is_close(checkpoint, tmp_path):
+    exact = run(checkpoint, tmp_path / "a.safetensors")
+    cached, both = (run(checkpoint, tmp_path / f"{p}.safetensors", fp8=p) for p in ("cache", "cache,linears"))
+    for other in (cached, both):
+        assert not torch.equal(exact, other)
+        assert (exact - other).square().mean() < 0.02 * exact.square().mean()
+
+
+def test_eager_and_seed(checkpoint, tmp_path):
+    first = run(checkpoint, tmp_path / "a.safetensors", seed=3)
+    assert torch.equal(first, run(checkpoint, tmp_path / "b.safetensors", seed=3, eager=True))
+    assert not torch.equal(first, run(checkpoint, tmp_path / "c.safetensors", seed=4))
+
+
+def test_bad_input_is_one_line(checkpoint, tmp_path, capsys):
+    def failure(*argv):
+        argv = [str(a) for a in ("generate", "--checkpoint", checkpoint, "-o", tmp_path / "o.mp4", *argv)]
+        assert cli.main(argv) == cli.BAD_INPUT
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        return lines[0]
+
+    one = ("--prompt", RED)
+    assert "preset: got 'longlife', expected one of raven, " in failure(*one, "--preset", "longlife")
+    assert "fp8: got 'weights', expected cache, linears" in failure(*one, "--fp8", "weights")
+    assert "frames: got 7, expected a multiple of chunk_frames = 2, such as 6 or 8" in failure(*one, "--frames", 7)
+    assert "switch: got frame 3" in failure(*one, "--switch", f"3: {BLUE}")
+    assert "unknown word 'cat'" in failure(*one, "--switch", "2: a cat moves left")
+    assert "size: got 16x20, expected multiples of 8 and 8" in failure(*one, "--size", "16x20")
+    assert "together with latent_size" in failure(*one, "--size", "16x16", "--latent-size", "16x16")
+    assert "No such file" in failure("--prompts", tmp_path / "none.txt")
+    assert "diffusers' layout" in failure(*one, "--wan", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_embeddings_cannot_switch(checkpoint, world, tmp_path):
+    save_file({"context": world.encode([RED])}, tmp_path / "text.safetensors")
+    request = Request(str(checkpoint), context=str(tmp_path / "text.safetensors"), switch=[f"2: {BLUE}"])
+    request.out = str(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="context: got it together with switch"):
+        generate.generate(request)
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_of_another_size_is_named(checkpoint, model, tmp_path, capsys):
+    WanConfig(**{**model.config.to_dict(), "dim": 64, "patch_size": (1, 8, 8)}).to_json(tmp_path / "other.json")
+    argv = ["--checkpoint", str(checkpoint), "--config", str(tmp_path / "other.json"), "--prompt", RED]
+    assert cli.main(["generate", *argv, "-o", str(tmp_path / "a.mp4")]) == cli.BAD_INPUT
+    assert "patch_embedding.weight: got shape (32, 3, 1, 8, 8), expected (64, 3, 1, 8, 8)" in capsys.readouterr().err
+    assert not (tmp_path / "a.mp4").exists()
+
+
+@pytest.mark.parametrize("form", ["generator_ema", "fsdp", "compiled", "folder"])
+def test_wrapped_checkpoints_give_the_same_video(checkpoint, model, world, tmp_path, form):
+    state = model.state_dict()
+    if form == "folder":
+        (tmp_path / "m").mkdir()
+        save_checkpoint(path := tmp_path / "m" / "model.safetensors", model)
+        path = path.parent
+    else:
+        wrap = {
+            "generator_ema": lambda n: f"model.{n}",
+            "fsdp": lambda n: f"model._fsdp_wrapped_module.{n}",
+            "compiled": lambda n: f"module._orig_mod.{n}",
+        }[form]
+        wrapped = {wrap(name): value for name, value in state.items()}
+        torch.save({"generator_ema": wrapped, "step": 1} if form != "compiled" else wrapped, path := tmp_path / "m.pt")
+    model.config.to_json(tmp_path / "config.json")
+    save_file({"context": world.encode([RED])}, tmp_path / "text.safetensors")
+    own = {"context": str(tmp_path / "text.safetensors"), "latent_size": "16x16", "chunk_frames": 2, "frames": 6}
+    got = run(path, tmp_path / "a.safetensors", (), sink=1, window=1, config=str(tmp_path / "config.json"), **own)
+    assert torch.equal(got, run(checkpoint, tmp_path / "b.safetensors"))
+
+
+# What is left when it ends
+
+
+def test_interrupted_videos_play_up_to_there(checkpoint, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("imageio_ffmpeg")
+    monkeypatch.setattr(Stream, "generate", stopped_after(2, KeyboardInterrupt()))
+    out = tmp_path / "v.mp4"
+    argv = ["generate", "--checkpoint", checkpoint, "--prompt", RED, "--prompt", BLUE, "-o", out]
+    assert cli.main([str(a) for a in argv]) == cli.INTERRUPTED
+    said = capsys.readouterr().err
+    for i in (1, 2):
+        assert count_frames(tmp_path / f"v-{i}.mp4") == len(pictures(tmp_path / f"v-{i}.mp4")) == 4
+        assert f"v-{i}.mp4 holds 4 of 6 frames" in said
+
+
+def pictures(path):
+    ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    reader = ffmpeg.read_frames(str(path))
+    width, height = next(reader)["size"]
+    return np.stack([np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader])
+
+
+def test_ctrl_c_in_a_terminal(checkpoint, tmp_path):
+    """The real signal, to the whole process group as a terminal sends it, while chunks are coming."""
+    pytest.importorskip("imageio_ffmpeg")
+    out = tmp_path / "v.mp4"
+    argv = ["--checkpoint", checkpoint, "--prompt", RED, "--frames", "40000", "-o", out]
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+         "from raven import cli; raise SystemExit(cli.main())", "generate", *map(str, argv)],
+        stderr=subprocess.PIPE, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    said = b""
+    while b"chunk 3/" not in said and child.poll() is None:
+        said += os.read(child.stderr.fileno(), 4096)
+    os.killpg(child.pid, signal.SIGINT)
+    said += child.communicate(timeout=60)[1]
+    assert child.returncode == cli.INTERRUPTED, said.decode()
+    kept = count_frames(out)
+    assert kept >= 6 and f"v.mp4 holds {kept} of 40000 frames" in said.decode()
+    assert len(pictures(out)) == kept
+
+
+def test_interrupted_latents_are_cut_to_what_is_finished(checkpoint, tmp_path, monkeypatch):
+    whole = run(checkpoint, tmp_path / "whole.safetensors", [RED, BLUE])
+    monkeypatch.setattr(Stream, "generate", stopped_after(2, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt, match="a.safetensors holds 4 of 6 frames"):
+        run(checkpoint, tmp_path / "a.safetensors", [RED, BLUE])
+    assert torch.equal(latents(tmp_path / "a.safetensors"), whole[:, :, :4])
+
+
+def test_interrupted_before_the_first_chunk_leaves_no_file(checkpoint, tmp_path, monkeypatch):
+    pytest.importorskip("imageio_ffmpeg")
+    monkeypatch.setattr(Stream, "generate", stopped_after(0, KeyboardInterrupt()))
+    for name in ("a.safetensors", "a.mp4"):
+        with pytest.raises(KeyboardInterrupt, match="no chunk was finished"):
+            run(checkpoint, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_fills_up_keeps_what_is_finished(checkpoint, tmp_path, monkeypatch, capsys):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(Stream, "generate", stopped_after(1, error))
+    argv = ["generate", "--checkpoint", checkpoint, "--prompt", RED, "-o", tmp_path / "a.safetensors"]
+    assert cli.main([str(a) for a in argv]) == cli.BAD_INPUT
+    assert "memory ran out (CUDA out of memory); " in (said := capsys.readouterr().err)
+    assert "a.safetensors holds 2 of 6 frames" in said
+    assert latents(tmp_path / "a.safetensors").shape[2] == 2
+
+
+def test_a_full_disk_keeps_the_latents_written_before(tmp_path, monkeypatch):
+    chunks = torch.randn(3, 2, 3, 2, 4, 4)
+    whole = torch.cat(list(chunks), dim=2)
+    file = LatentsFile(tmp_path / "a.safetensors", whole.shape)
+    file.add(chunks[0])
+    real, calls = os.pwrite, []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match=r"could not write .*a.safetensors \(No space left on device\)"):
+        file.add(chunks[1])
+    file.close()
+    assert torch.equal(latents(tmp_path / "a.safetensors"), whole[:, :, :2])
+    assert file.kept(6) == f"{tmp_path / 'a.safetensors'} holds 2 of 6 frames"
+
+
+def test_latents_can_be_read_while_they_come(tmp_path):
+    whole = torch.randn(2, 3, 5, 4, 6)
+    file = LatentsFile(tmp_path / "a.safetensors", whole.shape)
+    for part, done in zip(whole.split(2, dim=2), (2, 4, 5), strict=True):
+        file.add(part)
+        now = latents(tmp_path / "a.safetensors")
+        assert torch.equal(now[:, :, :done], whole[:, :, :done]) and not now[:, :, done:].any()
+        with safe_open(tmp_path / "a.safetensors", "pt") as opened:
+            assert opened.metadata()["frames_done"] == str(done)
+    with pytest.raises(ValueError, match="after 5 frames"):
+        file.add(whole[:, :, :1])
+    file.close()
+    file.close()
+    assert torch.equal(latents(tmp_path / "a.safetensors"), whole)
+
+
+def test_a_full_disk_keeps_a_video_that_plays(tmp_path):
+    """A limit on the file's size stands for a full disk: the encoder's write fails in the middle of a fragment."""
+    pytest.importorskip("imageio_ffmpeg")
+    noise = np.random.default_rng(0).integers(0, 255, (6, 64, 64, 3), np.uint8)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = VideoWriter(tmp_path / "a.mp4")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"could not write .*a.mp4 \(.*File too large\); \d+ frames of it are kept"):
+            for _ in range(200):
+                writer.add(noise)
+            writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert count_frames(tmp_path / "a.mp4") == len(pictures(tmp_path / "a.mp4")) >= 3
+    with pytest.raises(ValueError, match="was closed"):
+        writer.add(noise)
+
+
+def test_generate_says_what_a_full_disk_left(checkpoint, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("imageio_ffmpeg")
+    argv = ["generate", "--checkpoint", checkpoint, "--prompt", RED, "--frames", 400, "-o", tmp_path / "a.mp4"]
+    with monkeypatch.context() as limited:
+        limited.setattr(video_module.subprocess, "Popen", limited_to(60_000))
+        assert cli.main([str(a) for a in argv]) == cli.BAD_INPUT
+    said = capsys.readouterr().err
+    kept = count_frames(tmp_path / "a.mp4")
+    assert 2 <= kept < 400 and f"a.mp4 holds {kept} of 400 frames" in said and "File too large" in said
+    assert len(pictures(tmp_path / "a.mp4")) == kept
+
+
+def limited_to(size):
+    def start(*args, **kwargs):
+        return popen(*args, **kwargs, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+
+    popen = subprocess.Popen
+    return start
+
+
+def test_a_file_cut_anywhere_is_trimmed_to_whole_fragments(tmp_path):
+    pytest.importorskip("imageio_ffmpeg")
+    frames = np.random.default_rng(0).integers(0, 255, (9, 32, 32, 3), np.uint8)
+    with VideoWriter(tmp_path / "a.mp4", key_every=3) as writer:
+        writer.add(frames)
+    whole = (tmp_path / "a.mp4").read_bytes()
+    assert count_frames(tmp_path / "a.mp4") == 9
+    (tmp_path / "b.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    kept = trim(tmp_path / "b.mp4")
+    assert 3 <= kept < 9 and len(pictures(tmp_path / "b.mp4")) == kept
+    assert whole.startswith((tmp_path / "b.mp4").read_bytes())
+
+
+def test_the_writer_raises_where_the_caller_is_and_drops_the_rest():
+    seen = []
+
+    def write(item):
+        seen.append(item)
+        if item == 1:
+            raise OSError("full")
+
+    writer = Writer(write, depth=1)
+    writer.put(0)
+    writer.put(1)
+    with pytest.raises(OSError, match="full"):
+        writer.put(2)
+    writer.close()
+    assert seen == [0, 1]
+
+
+# Memory
+
+
+def test_parameters_are_counted(model):
+    for config in (model.config, WanConfig.wan_1_3b(), WanConfig(num_layers=2, qk_norm=False, cross_attn_norm=False)):
+        with torch.device("meta"):
+            assert parameters(config) == sum(p.numel() for p in CausalWan(config).parameters())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"window": 1},
+        {"sink": 1, "window": 2},
+        {"cache_dtype": torch.float8_e4m3fn},
+        {"keys": "raw", "sink": 1, "window": 1, "ema": 0.9},
+        {"window": 1, "recache": 4},
+    ],
+    ids=str,
+)
+def test_the_cache_takes_what_the_estimate_says(model, world, changes):
+    stream = Stream(model, world.encode([RED, BLUE]), (3, 16, 16), 2, max_frames=6, **changes)
+    for _ in stream.generate(6):
+        pass
+    options = {name: value for name, value in changes.items() if name != "cache_dtype"}
+    parts = stream_memory(
+        model.config, latent_size=(16, 16), batch=2, chunk_frames=2, frames=6, dtype=torch.float32,
+        fp8_cache="cache_dtype" in changes, **options,
+    ).parts  # fmt: skip
+    assert parts["cache"] + parts["cache as it is read"] == stream.cache.nbytes
+    assert stream.cache.num_slots == cache_slots(
+        6, 2, changes.get("sink", 0), changes.get("window"), "keys" not in changes, changes.get("recache", 0)
+    )
+    assert parts["text"] == sum(x.nbytes for x in (*stream.text.k, *stream.text.v))
+
+
+def test_too_little_memory_is_refused_with_what_would_help(capsys):
+    def needed(**changes):
+        return stream_memory(WanConfig.wan_1_3b(), latent_size=(60, 104), **{"frames": 21, "batch": 2, **changes})
+
+    gib = 2**30
+    require(needed, 80 * gib, batch=2)
+    assert "of GPU memory; 80.00 GiB are free" in capsys.readouterr().err
+    with pytest.raises(MemoryError, match=r"would fit with --window 2 \(.*one prompt at a time \(.*--ignore-memory"):
+        require(needed, 10 * gib, batch=2)
+    with pytest.raises(MemoryError, match="a smaller --size"):
+        require(needed, gib, batch=2)
+    require(needed, gib, ignore=True, batch=2)
+    assert "going on all the same" in capsys.readouterr().err
+
+
+# Side by side
+
+
+def test_handover_decodes_in_order():
+    handover = Handover(to_uint8, torch.device("cpu"))
+    x = torch.rand(1, 3, 2, 4, 4)
+    done = [handover.submit(x * i) for i in range(3)]
+    for i, item in enumerate(done):
+        assert torch.equal(item.wait(), to_uint8(x * i)) and item.seconds >= 0
+
+
+@pytest.mark.gpu
+def test_handover_beside_a_busy_stream_is_not_a_race():
+    """A static buffer is written again right after it was handed over, while the decoder is still at the one before."""
+    device = torch.device("cuda")
+    heavy = torch.randn(2048, 2048, device=device)
+
+    def decode(x):
+        for _ in range(20):
+            heavy @ heavy
+        return x * 2
+
+    handover, buffer, done = Handover(decode, device), torch.empty(1 << 20, device=device), []
+    for i in range(8):
+        (heavy @ heavy).sum()
+        buffer.fill_(i)
+        done.append(handover.submit(buffer))
+        buffer.fill_(-1)
+        torch.full((1 << 20,), 99.0, device=device)  # takes freed memory, if any was given away too early
+    for i, item in enumerate(done):
+        assert (item.wait() == 2 * i).all() and item.seconds > 0
