@@ -29,7 +29,7 @@ INTENSITY = {
 
 
 def plot_results(results: Mapping[str, Any], path: str | Path) -> list[Path]:
-    """Draw ``<path>.png``, and where there are rows for them ``-roofline``, ``-lengths`` and ``-phases`` beside it.
+    """Draw ``<path>.png``, and beside it ``-roofline``, ``-lengths``, ``-phases`` and ``-long`` where rows have them.
 
     ``path`` may have any suffix. Returns the files; none without matplotlib.
     """
@@ -39,7 +39,8 @@ def plot_results(results: Mapping[str, Any], path: str | Path) -> list[Path]:
         return []
     path = Path(path)
     saved = []
-    for ending, draw in (("", _shares), ("-roofline", _roofline), ("-lengths", _lengths), ("-phases", _phases)):
+    pictures = {"": _shares, "-roofline": _roofline, "-lengths": _lengths, "-phases": _phases, "-long": _long}
+    for ending, draw in pictures.items():
         figure = draw(results)
         if figure is not None:
             saved.append(path.with_name(f"{path.stem}{ending}.png"))
@@ -201,6 +202,30 @@ def _phases(results: Mapping[str, Any]) -> Figure | None:
     axes.set_xlabel("seconds")
     axes.set_title(f"where the time goes: {_title(results)}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def _long(results: Mapping[str, Any]) -> Figure | None:
+    """Time of a chunk and memory along videos without an end, from rows with ``blocks``."""
+    rows = [row for row in results["rows"] if row.get("blocks")]
+    if not rows:
+        return None
+    panels = {
+        "ms": ("ms a chunk", 1.0),
+        "allocated": ("GPU memory, MiB", 2.0**20),
+        "resident": ("process, MiB", 2.0**20),
+    }
+    figure = _figure(11, 3.8)
+    for axes, (key, (label, unit)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for number, row in enumerate(rows):
+            points = [(block["frames"], block[key] / unit) for block in row["blocks"]]
+            name = f"{row['case'].rsplit('-', 1)[0]}, {row['backend']}"
+            axes.plot(*zip(*points, strict=True), lw=1.3, color=f"C{number}", label=name)
+        axes.set_ylim(0, None)
+        axes.set(xlabel="latent frames", ylabel=label)
+        axes.grid(alpha=0.3, lw=0.5)
+    figure.suptitle(f"{rows[0]['frames']:,} latent frames: {_title(results)}", fontsize=10)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
 
 
