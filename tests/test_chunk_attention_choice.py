@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import raven
 from raven.layout import ChunkLayout
@@ -90,3 +91,26 @@ def test_a_named_backend_is_never_replaced():
     finally:
         raven.set_backend(None)
     assert chunk_attention(q, q, q, Spans.full(4, 4)).shape == q.shape
+
+
+def test_whoever_watches_sees_the_op():
+    """A call that needs no gradient goes straight to its backend, unless a profile or a dispatch mode is on."""
+
+    class Names(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    q, spans = torch.randn(1, 4, 2, 16), Spans.full(4, 4)
+    plain = chunk_attention(q, q, q, spans)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        profiled = chunk_attention(q, q, q, spans)
+    assert "raven::chunk_attention" in {event.key for event in profile.key_averages()}
+    with Names() as names:
+        watched = chunk_attention(q, q, q, spans)
+    assert torch.ops.raven.chunk_attention.default in names.seen
+    assert torch.equal(plain, profiled) and torch.equal(plain, watched)

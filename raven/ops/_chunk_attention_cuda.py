@@ -35,9 +35,14 @@ def tile_reason(q: torch.Tensor) -> str | None:
 
 def copyable(x: torch.Tensor) -> torch.Tensor:
     """The tensor itself where the copy engine can fetch its rows (16-byte steps, nothing expanded), else a copy."""
-    steps = zip(x.shape[:3], x.stride()[:3], strict=True)
-    aligned = x.data_ptr() % 16 == 0 and all(size == 1 or (step > 0 and step % 8 == 0) for size, step in steps)
-    return x if aligned and x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
+    batch, token, head, channel = x.stride()
+    if channel == 1 and x.data_ptr() % 16 == 0:
+        if not (batch | token | head) & 7 and batch > 0 and token > 0 and head > 0:
+            return x
+        steps = zip(x.shape, (batch, token, head), strict=False)
+        if all(size == 1 or (step > 0 and step % 8 == 0) for size, step in steps):
+            return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 class DeviceWork:
@@ -65,12 +70,12 @@ def _forward_work(
     return DeviceWork(made.work, made.steps, made.slots, device)
 
 
-def forward(q, k, v, out, lse, spans, scale: float) -> None:
-    """Fill ``out [B, Lq, H, D]`` and ``lse [B, H, Lq]`` (contiguous) for the queries of the spans; nothing is empty."""
+def forward(q, k, v, out, lse, ranges: tuple[bytes, bytes, bytes], scale: float) -> None:
+    """Fill ``out [B, Lq, H, D]`` and ``lse [B, H, Lq]`` (contiguous) for the queries of the ranges (a span's
+    lists); nothing is empty."""
     B, _, H, D = q.shape
     group = H // k.shape[2]
     head_bytes = 2 * k.shape[1] * D * q.element_size()
-    ranges = tuple(x.numpy().tobytes() for x in spans)
     device_work = held_by_graphs(_forward_work(ranges, H, group, head_bytes, q.device))
     if not len(device_work.work):
         return
@@ -78,7 +83,7 @@ def forward(q, k, v, out, lse, spans, scale: float) -> None:
     slots = device_work.slots
     counters = torch.zeros(1 + 2 * slots * B, dtype=torch.int32, device=q.device)
     workspace = torch.empty(B * slots * 2 * (D // 2 + 4) * 128, dtype=torch.float32, device=q.device)
-    torch.ops.raven_cuda.chunk_attention_forward(
+    torch.ops.raven_cuda.chunk_attention_forward.default(
         q, k, v, out, lse, device_work.work, device_work.steps, slots, counters, workspace, scale,
         multiprocessors(q.device),
     )  # fmt: skip

@@ -73,13 +73,13 @@ def _device_work(
     return DeviceWork(made.work, made.steps, made.slots, device)
 
 
-def forward(q, k, v, out, lse, spans, scale: float) -> None:
-    """Fill ``out [B, Lq, H, D]`` and ``lse [B, H, Lq]`` (contiguous) for the queries of the spans; nothing is empty."""
+def forward(q, k, v, out, lse, ranges: tuple[bytes, bytes, bytes], scale: float) -> None:
+    """Fill ``out [B, Lq, H, D]`` and ``lse [B, H, Lq]`` (contiguous) for the queries of the ranges (a span's
+    lists); nothing is empty."""
     from raven.kernels import chunk_attention as portable
     from raven.kernels import chunk_attention_hopper as hopper
 
     B, _, H, D = q.shape
-    ranges = tuple(x.numpy().tobytes() for x in spans)
     head_bytes = 2 * k.shape[1] * D * k.element_size()
     device_work = held_by_graphs(_device_work(ranges, H, H // k.shape[2], head_bytes, q.device))
     if not len(device_work.work):

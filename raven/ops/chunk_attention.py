@@ -15,6 +15,7 @@ from raven.graphs import held_by_graphs
 from raven.ops import _chunk_attention_cuda as cuda
 from raven.ops import _chunk_attention_cuda_backward as cuda_backward
 from raven.ops import _chunk_attention_gluon as gluon
+from raven.ops.gaussian_step import direct, on_device
 from raven.planner import TilePlan, plan, transpose
 from raven.reference import chunk_attention as reference
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 HEAD_DIMS = (32, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_GRID = 65535  # of CUDA, along every axis but the first
+Ranges = tuple[bytes, bytes, bytes]  # the content of the three lists of a ``Spans``
 
 
 def chunk_attention(
@@ -61,19 +63,37 @@ def chunk_attention(
         scale = q.shape[-1] ** -0.5
     elif not 0 < scale < math.inf:
         raise ValueError(f"scale: got {scale}, expected a positive finite number")
-    out, lse = _chunk_attention(q, k, v, spans.q_ranges, spans.kv_indptr, spans.kv_ranges, float(scale))
+    lists = (spans.q_ranges, spans.kv_indptr, spans.kv_ranges)
+    need = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if not need and direct(q, k, v) and not torch.autograd.profiler._is_profiler_enabled:
+        # What the registered op does, without the dispatcher's rounds through Python. A profile shows the op.
+        out, lse = _forward(q, k, v, lists, _ranges(spans), float(scale))
+    else:
+        out, lse = _chunk_attention(q, k, v, *lists, float(scale))
     return (out, lse) if return_lse else out
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: ChunkLayout | Spans) -> Spans:
-    check_shape("q", q, ("B", "Lq", "H", "D"))
-    B, Lq, H, D = q.shape
-    check_shape("k", k, (B, "Lk", "Hkv", D))
-    check_shape("v", v, tuple(k.shape))
-    check_dtype("q", q, DTYPES)
-    for name, x in (("k", k), ("v", v)):
-        check_dtype(name, x, (q.dtype,))
-        check_same_device(name, x, "q", q)
+    usual = (
+        isinstance(q, torch.Tensor)
+        and isinstance(k, torch.Tensor)
+        and isinstance(v, torch.Tensor)
+        and q.dtype in DTYPES
+        and k.dtype == v.dtype == q.dtype
+        and k.device == v.device == q.device
+        and q.ndim == k.ndim == 4
+        and q.shape[::3] == k.shape[::3]
+        and k.shape == v.shape
+    )
+    if not usual:
+        check_shape("q", q, ("B", "Lq", "H", "D"))
+        check_shape("k", k, (q.shape[0], "Lk", "Hkv", q.shape[3]))
+        check_shape("v", v, tuple(k.shape))
+        check_dtype("q", q, DTYPES)
+        for name, x in (("k", k), ("v", v)):
+            check_dtype(name, x, (q.dtype,))
+            check_same_device(name, x, "q", q)
+    _, Lq, H, D = q.shape
     check_no_tangent("chunk_attention", q, k, v)
     if D == 0:
         raise ValueError("q: got head dim 0, expected at least 1")
@@ -103,13 +123,21 @@ def _chunk_attention(
     kv_ranges: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    lists = (q_ranges, kv_indptr, kv_ranges)
+    return _forward(q, k, v, lists, _contents(*lists), scale)
+
+
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: tuple[torch.Tensor, ...], ranges: Ranges, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``ranges``: what the ``lists`` of a ``Spans`` hold."""
     backend = backends.select("chunk_attention", q, k, v)
     if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):  # it would round the products inside
-            return reference.chunk_attention_forward(q, k, v, q_ranges, kv_indptr, kv_ranges, scale)
+            return reference.chunk_attention_forward(q, k, v, *lists, scale)
 
     # Kernels write only the rows of query ranges; the rest of an incomplete cover must still be defined.
-    complete = _covered(q_ranges) == q.shape[1] and k.numel() > 0
+    complete = _covered(ranges[0]) == q.shape[1] and k.numel() > 0
     out = (torch.empty if complete else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     if not complete:
@@ -117,18 +145,18 @@ def _chunk_attention(
     if not (q.numel() and k.numel()):
         return out, lse
     if backend == "cuda":
-        with torch.cuda.device_of(q):
-            cuda.forward(q, k, v, out, lse, (q_ranges, kv_indptr, kv_ranges), scale)
+        with on_device(q):
+            cuda.forward(q, k, v, out, lse, ranges, scale)
         return out, lse
     if gluon.reason(q) is None:
-        with torch.cuda.device_of(q):
-            gluon.forward(q, k, v, out, lse, (q_ranges, kv_indptr, kv_ranges), scale)
+        with on_device(q):
+            gluon.forward(q, k, v, out, lse, ranges, scale)
         return out, lse
     from raven.kernels import chunk_attention as kernels
 
     config = kernels.forward_config(q.shape[-1], q.dtype, kernels.capability(q))
-    tiles = device_plan(q_ranges, kv_indptr, kv_ranges, config.block_q, config.block_k, q.device)
-    with torch.cuda.device_of(q):  # Triton launches on the current device, whatever the tensors' is
+    tiles = held_by_graphs(_device_plan(*ranges, config.block_q, config.block_k, q.device))
+    with on_device(q):  # Triton launches on the current device, whatever the tensors' is
         kernels.forward(q, k, v, out, lse, tiles, scale, config)
     return out, lse
 
@@ -165,13 +193,15 @@ def _chunk_attention_backward(
             return cuda_backward.backward(grad_out, grad_lse, q, k, v, out, lse, spans, scale)
     from raven.kernels import chunk_attention as kernels
 
-    dq = (torch.empty if _covered(q_ranges) == q.shape[1] else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
-    keys = _transposed(*(x.numpy().tobytes() for x in spans))
+    ranges = _contents(*spans)
+    complete = _covered(ranges[0]) == q.shape[1]
+    dq = (torch.empty if complete else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
+    keys = _transposed(*ranges)
     make = torch.empty if _covered(keys[0]) == k.shape[1] else torch.zeros
     dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     q_config, k_config = kernels.backward_configs(q.shape[-1], q.dtype, kernels.capability(q))
-    q_tiles = device_plan(*spans, q_config.block_q, q_config.block_k, q.device)
-    k_tiles = device_plan(*keys, k_config.block_k, k_config.block_q, q.device)
+    q_tiles = held_by_graphs(_device_plan(*ranges, q_config.block_q, q_config.block_k, q.device))
+    k_tiles = held_by_graphs(_device_plan(*keys, k_config.block_k, k_config.block_q, q.device))
     grads = (dq, dk, dv)
     with torch.cuda.device_of(q):
         kernels.backward(grad_out, grad_lse, q, k, v, out, lse, *grads, q_tiles, k_tiles, scale, q_config, k_config)
@@ -221,29 +251,25 @@ backends.register("chunk_attention", cuda=cuda.reason, triton=_triton_reason, re
 backends.remark("chunk_attention", "triton", _triton_remark)
 
 
-def _covered(ranges: torch.Tensor) -> int:
-    begins_and_ends = ranges.numpy().sum(axis=0)  # a few times faster than the tensor's own sum
+def _contents(*lists: torch.Tensor) -> Ranges:
+    return tuple(x.numpy().tobytes() for x in lists)
+
+
+@lru_cache(maxsize=1024)
+def _ranges(spans: Spans) -> Ranges:
+    return _contents(spans.q_ranges, spans.kv_indptr, spans.kv_ranges)
+
+
+@lru_cache(maxsize=1024)
+def _covered(ranges: bytes) -> int:
+    begins_and_ends = np.frombuffer(ranges, dtype=np.int32).reshape(-1, 2).sum(axis=0)
     return int(begins_and_ends[1] - begins_and_ends[0])
 
 
 @lru_cache(maxsize=1024)
-def _transposed(q_ranges: bytes, kv_indptr: bytes, kv_ranges: bytes) -> tuple[torch.Tensor, ...]:
+def _transposed(q_ranges: bytes, kv_indptr: bytes, kv_ranges: bytes) -> Ranges:
     """The same pairs seen from the keys: for each run of keys, the query ranges that read it."""
-    arrays = transpose(*_arrays(q_ranges, kv_indptr, kv_ranges))
-    return tuple(torch.from_numpy(a) for a in arrays)
-
-
-def device_plan(
-    q_ranges: torch.Tensor,
-    kv_indptr: torch.Tensor,
-    kv_ranges: torch.Tensor,
-    block_q: int,
-    block_k: int,
-    device: torch.device,
-) -> DevicePlan:
-    """The tile lists of these ranges on the device, made at the first call and then kept."""
-    spans = (x.numpy().tobytes() for x in (q_ranges, kv_indptr, kv_ranges))
-    return held_by_graphs(_device_plan(*spans, block_q, block_k, device))
+    return tuple(x.tobytes() for x in transpose(*_arrays(q_ranges, kv_indptr, kv_ranges)))
 
 
 class DevicePlan:
