@@ -81,6 +81,8 @@ class Stream:
         self._graphs = CapturedChunks(model.device) if graphs or (graphs is None and on_gpu) else None
         self.guidance = guidance if negative_context is not None else None
         self.text = self._encode_text(context, negative_context)
+        if self.text is context and self._graphs is not None:  # its place is fixed from here on, its content is not
+            self.text = TextCache(*(tuple(x.clone() for x in layers) for layers in (context.k, context.v)))
         self.batch = len(self.text) // (1 if self.guidance is None else 2)
         self.latent_shape = (channels, height, width)
         self.tokens_per_frame = (height // ph) * (width // pw)
@@ -103,15 +105,13 @@ class Stream:
         self._finished: dict[int, torch.Tensor] = {}  # where such a chunk lies, by its frames
 
     def _encode_text(self, context: Context, negative_context: Context | None) -> TextCache:
-        """Keys and values of the prompts, then of the negative ones; of one's own where graphs will overwrite them."""
+        """Keys and values of the prompts, then of the negative ones."""
         text = self.model.encode_text(context)
         if self.guidance is not None:
             negative = self.text[self.batch :] if negative_context is None else self.model.encode_text(negative_context)
             if len(negative) != len(text):
                 raise ValueError(f"negative_context: got {len(negative)} prompts, expected {len(text)}")
             return TextCache.cat([text, negative])
-        if text is context and self._graphs is not None:
-            return TextCache(*(tuple(x.clone() for x in pair) for pair in (text.k, text.v)))
         return text
 
     @torch.no_grad()

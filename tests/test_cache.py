@@ -27,16 +27,21 @@ def write(cache, value):
 class CacheMachine(RuleBasedStateMachine):
     """``committed`` is the plain model: for each chunk its marker, tokens and frames."""
 
-    @initialize(sink=st.integers(0, 2), window=st.none() | st.integers(0, 3), limit=st.none() | st.integers(1, 7))
-    def make(self, sink, window, limit):
+    @initialize(
+        sink=st.integers(0, 2),
+        window=st.none() | st.integers(0, 3),
+        limit=st.none() | st.integers(1, 7),
+        spare=st.integers(0, 2),
+    )
+    def make(self, sink, window, limit, spare):
         self.limit = 6 if window is None and limit is None else limit
-        self.sink, self.window = sink, window
-        self.cache = KVCache(2, 1, 1, 2, CHUNK_TOKENS, sink, window, self.limit, dtype=torch.float32)
+        self.sink, self.window, self.spare = sink, window, spare
+        self.cache = KVCache(2, 1, 1, 2, CHUNK_TOKENS, sink, window, self.limit, dtype=torch.float32, spare=spare)
         for tensor in self.cache.k + self.cache.v:
             tensor.fill_(torch.nan)  # rows that were never written must never be visible
         self.committed = []
-        self.open = None
-        self.marker = 0
+        self.open = self.next = None  # (tokens, frame, frames)
+        self.marker = self.next_marker = 0
         self.rows = {}
 
     @precondition(lambda self: self.open is None)
@@ -56,21 +61,43 @@ class CacheMachine(RuleBasedStateMachine):
     def write(self):
         """Another denoising step: the same rows again, with new values."""
         self.cache.begin(*self.open)
-        self.marker += 1
-        write(self.cache, self.marker)
+        self.marker = self.next_marker = max(self.marker, self.next_marker) + 1
+        if self.next is not None:
+            self.cache.begin_next(*self.next)
+            self.next_marker += 1
+        markers = [self.marker] * self.open[0] + [self.next_marker] * (self.next[0] if self.next else 0)
+        write(self.cache, torch.tensor(markers, dtype=torch.float32)[:, None, None])
+
+    @precondition(lambda self: self.open is not None and self.next is None)
+    @rule(tokens=st.integers(1, CHUNK_TOKENS), frames=st.integers(1, 2))
+    def begin_next(self, tokens, frames):
+        chunk, frame = len(self.committed) + 1, self.open[1] + self.open[2]
+        if self.limit is not None and chunk >= self.limit:
+            with pytest.raises(RuntimeError, match="the cache is full"):
+                self.cache.begin_next(tokens, frame, frames)
+        elif self.spare == 0 and self.window is not None and chunk >= self.sink + self.window + 1:
+            with pytest.raises(RuntimeError, match="expected a cache with spare=1"):
+                self.cache.begin_next(tokens, frame, frames)
+        else:
+            self.cache.begin_next(tokens, frame, frames)
+            self.next = (tokens, frame, frames)
+            self.write()
 
     @precondition(lambda self: self.open is not None)
     @rule()
     def commit(self):
         self.cache.commit()
         self.committed.append((self.marker, self.open[0], self.open[2]))
-        self.open = None
+        self.open, self.next = self.next, None
+        self.marker = self.next_marker
 
     @precondition(lambda self: self.open is not None)
     @rule()
     def cancel(self):
         self.cache.cancel()
-        self.open = None
+        if self.next is None:
+            self.open = None
+        self.next = None
 
     @precondition(lambda self: self.open is not None)
     @rule()
@@ -83,7 +110,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def reset(self):
         self.cache.reset()
-        self.committed, self.open = [], None
+        self.committed, self.open, self.next = [], None, None
 
     @invariant()
     def sees_exactly_the_visible_chunks(self):
@@ -97,20 +124,27 @@ class CacheMachine(RuleBasedStateMachine):
         if self.open is None:
             assert self.cache.current is None
             return
-        own = [self.marker] * self.open[0]
-        want = sorted([m for j in past for m in [self.committed[j][0]] * self.committed[j][1]] + own)
-        ((query, keys),) = self.cache.spans.rows()
-        assert query == (0, self.open[0])
-        index = torch.cat([torch.arange(*r) for r in keys])
-        for k, v in zip(self.cache.k, self.cache.v, strict=True):
-            assert sorted(k[0, index, 0, 0].tolist()) == want
-            assert torch.equal(v[:, index], -k[:, index])
+        assert (self.cache.following is not None) == (self.next is not None)
+        chunks = [*self.committed, (self.marker, *self.open[::2])]
+        queries = [(0, self.open[0])]
+        if self.next is not None:
+            chunks.append((self.next_marker, *self.next[::2]))
+            queries.append((self.open[0], self.open[0] + self.next[0]))
+        rows = self.cache.spans.rows()
+        assert [query for query, _ in rows] == queries
+        for i, (_, keys) in enumerate(rows, len(self.committed)):
+            seen = [*visible(i, self.sink, self.window), i]
+            want = sorted([m for j in seen for m in [chunks[j][0]] * chunks[j][1]])
+            index = torch.cat([torch.arange(*r) for r in keys])
+            for k, v in zip(self.cache.k, self.cache.v, strict=True):
+                assert sorted(k[0, index, 0, 0].tolist()) == want
+                assert torch.equal(v[:, index], -k[:, index])
 
     @invariant()
     def slots_keep_their_address(self):
         if self.open is not None:
             slots = self.cache.slots
-            first = self.rows.setdefault((int(slots[0]), len(slots)), slots)
+            first = self.rows.setdefault(tuple(slots.tolist()), slots)
             assert slots is first
 
 
