@@ -2,10 +2,16 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from raven import cli
+from raven.checkpoint import save_checkpoint
 from raven.integrations import part_of, wan_text, wan_vae
+from raven.models import CausalWan, WanConfig
+from raven.stream import Stream
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -118,3 +124,79 @@ def test_missing_ftfy_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ftfy", None)
     with pytest.raises(ModuleNotFoundError, match=r"needs ftfy: pip install raven-kernels\[wan\]"):
         wan_text.clean("a cat")
+
+
+# raven generate on all of it
+
+CONFIG = WanConfig(
+    dim=32, ffn_dim=32, num_heads=1, num_layers=1, in_dim=4, out_dim=4, freq_dim=16, text_dim=16, text_len=24
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    model = CausalWan(CONFIG)
+    with torch.no_grad():
+        model.head.head.weight.normal_(std=0.3)
+    path = tmp_path_factory.mktemp("weights") / "student.safetensors"
+    save_checkpoint(path, model)
+    return path
+
+
+def command(folder, checkpoint, out, *argv):
+    fixed = (
+        "--wan",
+        folder,
+        "--checkpoint",
+        checkpoint,
+        "-o",
+        out,
+        "--size",
+        "32x48",
+        "--frames",
+        6,
+        "--device",
+        "cpu",
+    )
+    return [str(a) for a in ("generate", *fixed, *argv)]
+
+
+def test_generate_writes_the_decoded_video(folder, checkpoint, text, tmp_path):
+    ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    prompts = ("--prompt", "a red cat", "--prompt", "a dog", "--switch", "3: a bird")
+    assert cli.main(command(folder, checkpoint, tmp_path / "a.safetensors", *prompts)) == 0
+    assert cli.main(command(folder, checkpoint, tmp_path / "a.mp4", *prompts)) == 0
+    latents = load_file(tmp_path / "a.safetensors")["latents"]
+
+    model = CausalWan(CONFIG)
+    model.load_state_dict(load_file(checkpoint))
+    stream = Stream(model, text.encode(["a red cat", "a dog"]), (4, 4, 6), 3)
+    bird = text.encode(["a bird"] * 2)
+    own = stream.generate(6, generator=[torch.Generator().manual_seed(i) for i in (0, 1)], switches=[(3, bird)])
+    torch.testing.assert_close(latents, torch.cat(list(own), dim=2), rtol=0, atol=1e-5)
+
+    for i, video in enumerate(whole(folder, latents)):
+        reader = ffmpeg.read_frames(str(tmp_path / f"a-{i + 1}.mp4"))
+        about = next(reader)
+        assert about["fps"] == 16
+        shown = np.stack([np.frombuffer(frame, np.uint8).reshape(192, 288, 3)[::6, ::6] for frame in reader])
+        right = ((video.permute(1, 2, 3, 0) + 1) * 127.5).numpy()
+        assert shown.shape == right.shape == (21, 32, 48, 3)
+        assert np.abs(shown - right).mean() < 6  # H.264, and chroma at half resolution
+
+
+def test_bad_input_of_generate(folder, checkpoint, tmp_path, capsys):
+    def failure(*argv):
+        assert cli.main(command(folder, checkpoint, tmp_path / "a.mp4", *argv)) == cli.BAD_INPUT
+        return capsys.readouterr().err
+
+    assert "prompt: got none" in failure()
+    too_long = "b" * 23
+    assert "prompt: got 25 tokens in 'bbb" in failure("--prompt", too_long)
+    assert "expected at most text_len = 24" in failure("--prompt", "a cat", "--switch", f"3: {too_long}")
+    assert "size: got 32x40, expected multiples of 16 and 16 (8 pixels" in failure("--prompt", "a", "--size", "32x40")
+    other = tmp_path / "other.safetensors"
+    save_checkpoint(other, CausalWan(WanConfig(**{**CONFIG.to_dict(), "in_dim": 6, "patch_size": (1, 2, 2)})))
+    assert "wan: got a VAE of 4 latent channels, expected 6" in failure("--prompt", "a", "--checkpoint", other)
+    assert not list(tmp_path.glob("*.mp4"))
