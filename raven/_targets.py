@@ -79,6 +79,11 @@ TARGETS = (
     Target("qk_norm_rope", "tokens-60840", "forward", "roof", 0.90, 0.95),
     Target("qk_norm_rope", "tokens-4680", "forward", "roof", 0.80, 0.90),
     Target("qk_norm_rope", "tokens-60840", "backward", "roof", 0.85, 0.92),
+    *(
+        Target(op, f"tokens-{tokens}", direction, "roof", must)
+        for op in ("gated_residual", "modulate")
+        for tokens, direction, must in ((60840, "forward", 0.85), (4680, "forward", 0.85), (60840, "backward", 0.75))
+    ),
     Target("policy_loss", "samples-64", "forward+backward", "roof", 0.90, 0.95),
     Target("gaussian_log_prob", "samples-4", "forward+backward", "eager", 6.0, 10.0),
 )

@@ -48,6 +48,7 @@ def modulate(
     check_shape("x", x, ("B", "L", "C"))
     check_dtype("x", x, DTYPES)
     check_shape("shift", shift, (x.shape[0], "N", x.shape[2]))
+    check_shape("scale", scale, tuple(shift.shape))
     lengths = check_tables(x, {"shift": shift, "scale": scale}, lengths)
     check_norm(x, eps, dtype)
     check_no_tangent("modulate", x, shift, scale)
