@@ -10,21 +10,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import raven.video as video_module
 from raven import cli, generate
 from raven.checkpoint import save_checkpoint
-from raven.handover import Handover
-from raven.memory import cache_slots, parameters, require, stream_memory
 from raven.models import CausalWan, WanConfig
-from raven.output import LatentsFile, Writer
 from raven.request import Request, parse_fp8, parse_switches, read_prompts, stream_options
 from raven.stream import Stream
-from raven.video import VideoWriter, count_frames, trim
+from raven.video import count_frames
 from raven.worlds import Shapes
-from raven.worlds.pictures import to_uint8
 
 RED, BLUE = "a red circle moves left", "a blue square moves up"
 WORLD = {"size": 16, "max_shapes": 1}
@@ -298,62 +293,6 @@ def test_a_gpu_that_fills_up_keeps_what_is_finished(checkpoint, tmp_path, monkey
     assert latents(tmp_path / "a.safetensors").shape[2] == 2
 
 
-def test_a_full_disk_keeps_the_latents_written_before(tmp_path, monkeypatch):
-    chunks = torch.randn(3, 2, 3, 2, 4, 4)
-    whole = torch.cat(list(chunks), dim=2)
-    file = LatentsFile(tmp_path / "a.safetensors", whole.shape)
-    file.add(chunks[0])
-    real, calls = os.pwrite, []
-
-    def full(*args):
-        calls.append(args)
-        if len(calls) == 4:
-            raise OSError(28, "No space left on device")
-        return real(*args)
-
-    monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(OSError, match=r"could not write .*a.safetensors \(No space left on device\)"):
-        file.add(chunks[1])
-    file.close()
-    assert torch.equal(latents(tmp_path / "a.safetensors"), whole[:, :, :2])
-    assert file.kept(6) == f"{tmp_path / 'a.safetensors'} holds 2 of 6 frames"
-
-
-def test_latents_can_be_read_while_they_come(tmp_path):
-    whole = torch.randn(2, 3, 5, 4, 6)
-    file = LatentsFile(tmp_path / "a.safetensors", whole.shape)
-    for part, done in zip(whole.split(2, dim=2), (2, 4, 5), strict=True):
-        file.add(part)
-        now = latents(tmp_path / "a.safetensors")
-        assert torch.equal(now[:, :, :done], whole[:, :, :done]) and not now[:, :, done:].any()
-        with safe_open(tmp_path / "a.safetensors", "pt") as opened:
-            assert opened.metadata()["frames_done"] == str(done)
-    with pytest.raises(ValueError, match="after 5 frames"):
-        file.add(whole[:, :, :1])
-    file.close()
-    file.close()
-    assert torch.equal(latents(tmp_path / "a.safetensors"), whole)
-
-
-def test_a_full_disk_keeps_a_video_that_plays(tmp_path):
-    """A limit on the file's size stands for a full disk: the encoder's write fails in the middle of a fragment."""
-    pytest.importorskip("imageio_ffmpeg")
-    noise = np.random.default_rng(0).integers(0, 255, (6, 64, 64, 3), np.uint8)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    writer = VideoWriter(tmp_path / "a.mp4")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"could not write .*a.mp4 \(.*File too large\); \d+ frames of it are kept"):
-            for _ in range(200):
-                writer.add(noise)
-            writer.close()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert count_frames(tmp_path / "a.mp4") == len(pictures(tmp_path / "a.mp4")) >= 3
-    with pytest.raises(ValueError, match="was closed"):
-        writer.add(noise)
-
-
 def test_generate_says_what_a_full_disk_left(checkpoint, tmp_path, monkeypatch, capsys):
     pytest.importorskip("imageio_ffmpeg")
     argv = ["generate", "--checkpoint", checkpoint, "--prompt", RED, "--frames", 400, "-o", tmp_path / "a.mp4"]
@@ -372,118 +311,3 @@ def limited_to(size):
 
     popen = subprocess.Popen
     return start
-
-
-def test_a_file_cut_anywhere_is_trimmed_to_whole_fragments(tmp_path):
-    pytest.importorskip("imageio_ffmpeg")
-    frames = np.random.default_rng(0).integers(0, 255, (9, 32, 32, 3), np.uint8)
-    with VideoWriter(tmp_path / "a.mp4", key_every=3) as writer:
-        writer.add(frames)
-    whole = (tmp_path / "a.mp4").read_bytes()
-    assert count_frames(tmp_path / "a.mp4") == 9
-    (tmp_path / "b.mp4").write_bytes(whole[: len(whole) * 2 // 3])
-    kept = trim(tmp_path / "b.mp4")
-    assert 3 <= kept < 9 and len(pictures(tmp_path / "b.mp4")) == kept
-    assert whole.startswith((tmp_path / "b.mp4").read_bytes())
-
-
-def test_the_writer_raises_where_the_caller_is_and_drops_the_rest():
-    seen = []
-
-    def write(item):
-        seen.append(item)
-        if item == 1:
-            raise OSError("full")
-
-    writer = Writer(write, depth=1)
-    writer.put(0)
-    writer.put(1)
-    with pytest.raises(OSError, match="full"):
-        writer.put(2)
-    writer.close()
-    assert seen == [0, 1]
-
-
-# Memory
-
-
-def test_parameters_are_counted(model):
-    for config in (model.config, WanConfig.wan_1_3b(), WanConfig(num_layers=2, qk_norm=False, cross_attn_norm=False)):
-        with torch.device("meta"):
-            assert parameters(config) == sum(p.numel() for p in CausalWan(config).parameters())
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"window": 1},
-        {"sink": 1, "window": 2},
-        {"cache_dtype": torch.float8_e4m3fn},
-        {"keys": "raw", "sink": 1, "window": 1, "ema": 0.9},
-        {"window": 1, "recache": 4},
-    ],
-    ids=str,
-)
-def test_the_cache_takes_what_the_estimate_says(model, world, changes):
-    stream = Stream(model, world.encode([RED, BLUE]), (3, 16, 16), 2, max_frames=6, **changes)
-    for _ in stream.generate(6):
-        pass
-    options = {name: value for name, value in changes.items() if name != "cache_dtype"}
-    parts = stream_memory(
-        model.config, latent_size=(16, 16), batch=2, chunk_frames=2, frames=6, dtype=torch.float32,
-        fp8_cache="cache_dtype" in changes, **options,
-    ).parts  # fmt: skip
-    assert parts["cache"] + parts["cache as it is read"] == stream.cache.nbytes
-    assert stream.cache.num_slots == cache_slots(
-        6, 2, changes.get("sink", 0), changes.get("window"), "keys" not in changes, changes.get("recache", 0)
-    )
-    assert parts["text"] == sum(x.nbytes for x in (*stream.text.k, *stream.text.v))
-
-
-def test_too_little_memory_is_refused_with_what_would_help(capsys):
-    def needed(**changes):
-        return stream_memory(WanConfig.wan_1_3b(), latent_size=(60, 104), **{"frames": 21, "batch": 2, **changes})
-
-    gib = 2**30
-    require(needed, 80 * gib, batch=2)
-    assert "of GPU memory; 80.00 GiB are free" in capsys.readouterr().err
-    with pytest.raises(MemoryError, match=r"would fit with --window 2 \(.*one prompt at a time \(.*--ignore-memory"):
-        require(needed, 10 * gib, batch=2)
-    with pytest.raises(MemoryError, match="a smaller --size"):
-        require(needed, gib, batch=2)
-    require(needed, gib, ignore=True, batch=2)
-    assert "going on all the same" in capsys.readouterr().err
-
-
-# Side by side
-
-
-def test_handover_decodes_in_order():
-    handover = Handover(to_uint8, torch.device("cpu"))
-    x = torch.rand(1, 3, 2, 4, 4)
-    done = [handover.submit(x * i) for i in range(3)]
-    for i, item in enumerate(done):
-        assert torch.equal(item.wait(), to_uint8(x * i)) and item.seconds >= 0
-
-
-@pytest.mark.gpu
-def test_handover_beside_a_busy_stream_is_not_a_race():
-    """A static buffer is written again right after it was handed over, while the decoder is still at the one before."""
-    device = torch.device("cuda")
-    heavy = torch.randn(2048, 2048, device=device)
-
-    def decode(x):
-        for _ in range(20):
-            heavy @ heavy
-        return x * 2
-
-    handover, buffer, done = Handover(decode, device), torch.empty(1 << 20, device=device), []
-    for i in range(8):
-        (heavy @ heavy).sum()
-        buffer.fill_(i)
-        done.append(handover.submit(buffer))
-        buffer.fill_(-1)
-        torch.full((1 << 20,), 99.0, device=device)  # takes freed memory, if any was given away too early
-    for i, item in enumerate(done):
-        assert (item.wait() == 2 * i).all() and item.seconds > 0
