@@ -6,6 +6,7 @@ import gc
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,6 +62,11 @@ class GraphSet:
             else:
                 graph.replay()
 
+    def clear(self) -> None:
+        """Forget every graph."""
+        torch.cuda.synchronize(self.device)  # none of them is running
+        self._graphs.clear()
+
     def _capture(self, fn: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
         graph = torch.cuda.CUDAGraph()
         collecting = gc.isenabled()
@@ -112,6 +118,7 @@ class CapturedChunks:
 
     def __init__(self, device: torch.device) -> None:
         self.graphs = GraphSet(device)
+        self._weights: tuple[int, ...] = ()
         self._buffers: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
         self._positions: torch.Tensor | None = None
 
@@ -135,8 +142,14 @@ class CapturedChunks:
     def open(self, stream: Stream, chunks: tuple[int, ...], end: int) -> torch.Tensor:
         """Open the chunk or two of these frames, which end at frame ``end``; their positions int32 ``[L, 3]``.
 
-        Positions lie at a fixed address: those of the newest chunk from the middle of the buffer on.
+        Positions lie at a fixed address: those of the newest chunk from the middle of the buffer on. Graphs of weights
+        that have moved since (to another dtype, into other layers) are forgotten.
         """
+        weights = tuple(x.data_ptr() for x in chain(stream.model.parameters(), stream.model.buffers()))
+        if weights != self._weights:
+            if len(self):
+                self.graphs.clear()
+            self._weights = weights
         cache, per_frame, device = stream.cache, stream.tokens_per_frame, stream.model.device
         frame = end - sum(chunks)
         cache.begin(chunks[0] * per_frame, frame, chunks[0])

@@ -349,6 +349,8 @@ class Stream:
         if (graphs := self._usable_graphs()) is None:
             return 0
         end = self.max_frames if frames is None else check_int("frames", frames, 1)
+        if self.max_frames is not None and end > self.max_frames:
+            raise ValueError(f"frames: got {end}, expected at most max_frames = {self.max_frames}")
         if self.window is None and self.max_frames is None:
             self.max_frames = end
         # From the chunk on whose whole past has the last size and fills the window, the ring goes round.

@@ -60,6 +60,7 @@ class TapeSet(GraphSet):
 def tapes(monkeypatch):
     monkeypatch.setattr(captured, "GraphSet", TapeSet)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
 
 def pair(model, context, chunk_frames=2, **options):
@@ -124,6 +125,8 @@ def test_warm_up_of_a_video_with_an_end(tapes):
     with pytest.raises(ValueError, match="max_frames: got None"):
         graphed.warm_up()
     assert graphed.warm_up(6) == 6 and graphed.max_frames == 6
+    with pytest.raises(ValueError, match="frames: got 8, expected at most max_frames = 6"):
+        graphed.warm_up(8)
 
 
 def test_prompts_change_without_a_new_capture(tapes):
@@ -137,6 +140,18 @@ def test_prompts_change_without_a_new_capture(tapes):
     assert_same_video(graphed.first, eager.first)
     assert_same_video(graphed.second, eager.second)
     assert len(graphed._graphs) == count
+
+
+def test_weights_that_move_are_captured_anew(tapes):
+    """A graph holds addresses: those of the weights before ``model.to`` lead nowhere."""
+    graphed, eager = pair(tiny_model(), tiny_inputs(1)[3], window=1)
+    assert_same_video(video(graphed, 12), video(eager, 12))
+    for weight in graphed.model.parameters():
+        weight.data = weight.data * 1.5
+    assert_same_video(video(graphed, 2), video(eager, 2))
+    assert len(graphed._graphs) == 0
+    assert_same_video(video(graphed, 12), video(eager, 12))
+    assert len(graphed._graphs) == in_the_ring(graphed)
 
 
 def test_other_samplers_and_single_steps_take_turns_with_graphs(tapes):
