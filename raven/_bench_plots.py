@@ -19,6 +19,10 @@ INTENSITY = {
     ("kv_append", "forward"): 1.2,
     ("qk_norm_rope", "forward"): 1.8,
     ("qk_norm_rope", "backward"): 2.7,
+    ("modulate", "forward"): 1.8,
+    ("modulate", "backward"): 2.3,
+    ("gated_residual", "forward"): 1.1,
+    ("gated_residual", "backward"): 1.6,
     ("gaussian_log_prob", "forward"): 0.6,
     ("gaussian_log_prob", "backward"): 0.5,
     ("gaussian_log_prob", "forward+backward"): 0.5,
@@ -221,7 +225,7 @@ def _long(results: Mapping[str, Any]) -> Figure | None:
             points = [(block["frames"], block[key] / unit) for block in row["blocks"]]
             name = f"{row['case'].rsplit('-', 1)[0]}, {row['backend']}"
             axes.plot(*zip(*points, strict=True), lw=1.3, color=f"C{number}", label=name)
-        axes.set_ylim(0, None)
+        axes.set_ylim(0, 1.15 * max(block[key] for row in rows for block in row["blocks"]) / unit or 1.0)
         axes.set(xlabel="latent frames", ylabel=label)
         axes.grid(alpha=0.3, lw=0.5)
     figure.suptitle(f"{rows[0]['frames']:,} latent frames: {_title(results)}", fontsize=10)
