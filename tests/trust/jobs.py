@@ -7,7 +7,16 @@ import torch
 import raven
 from raven.cache import KVCache
 from raven.layout import ChunkLayout
-from raven.ops import chunk_attention, consistency_step, gaussian_log_prob, kv_append, policy_loss, qk_norm_rope
+from raven.ops import (
+    chunk_attention,
+    consistency_step,
+    gated_residual,
+    gaussian_log_prob,
+    kv_append,
+    modulate,
+    policy_loss,
+    qk_norm_rope,
+)
 from raven.spans import Spans
 
 TOKENS, HEADS, DIM = 520, 4, 128
@@ -65,6 +74,31 @@ def append():
     return "kv_append", (q, k, v), run
 
 
+def modulated():
+    """Segments of unequal lengths, their rows slices of one table."""
+    x, grad = _draw(1, TOKENS, HEADS * DIM).requires_grad_(), _draw(1, TOKENS, HEADS * DIM)
+    table = torch.randn(1, 3, 6, HEADS * DIM, device="cuda").requires_grad_()
+
+    def run():
+        y = modulate(x, table[:, :, 0], table[:, :, 1], (TOKENS - 101, 100, 1))
+        return y.detach(), *torch.autograd.grad(y, (x, table), grad)
+
+    return "modulate", (x, table), run
+
+
+def residual():
+    x, branch = (_draw(1, TOKENS, HEADS * DIM).requires_grad_() for _ in range(2))
+    table = torch.randn(1, 4, 6, HEADS * DIM, device="cuda").requires_grad_()
+    grads = [_draw(1, TOKENS, HEADS * DIM) for _ in range(2)]
+
+    def run():
+        gate, shift, scale = table.unbind(2)[2:5]
+        outputs = gated_residual(x, branch, gate, shift=shift, scale=scale)
+        return *(y.detach() for y in outputs), *torch.autograd.grad(outputs, (x, branch, table), grads)
+
+    return "gated_residual", (x, branch, table), run
+
+
 def log_prob():
     v, x_t, x_s = (_draw(3, 4, 6, 13, 17, dtype=torch.float32).requires_grad_() for _ in range(3))
     t, s = torch.full((3, 2), 0.8, device="cuda"), torch.full((3, 2), 0.4, device="cuda")
@@ -105,6 +139,8 @@ JOBS = {
     "decode": decode,
     "norm_rope": norm_rope,
     "append": append,
+    "modulated": modulated,
+    "residual": residual,
     "log_prob": log_prob,
     "policy": policy,
     "step": step,
