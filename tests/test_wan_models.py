@@ -1,11 +1,14 @@
 """Wan's decoder and text encoder: tiny random models of the real classes, in the layout their own files have."""
 
 import sys
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from raven import cli
 from raven.checkpoint import save_checkpoint
@@ -82,6 +85,38 @@ def test_latents_that_do_not_fit(vae):
     vae.decode(torch.zeros(2, 4, 1, 4, 4))
     with pytest.raises(ValueError, match="got 1 videos, expected 2"):
         vae.decode(torch.zeros(1, 4, 1, 4, 4))
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, without computing anything on the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            storage = x.untyped_storage() if isinstance(x, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return result
+
+
+@pytest.mark.parametrize("dtype, batch", [(torch.bfloat16, 2), (torch.float32, 1)], ids=str)
+def test_memory_at_wans_own_size(dtype, batch):
+    with torch.device("meta"):
+        own = wan_vae.WanVAE(diffusers.AutoencoderKLWan().to(dtype))
+    own.vae.encoder = own.vae.quant_conv = None
+    parts = own.to("meta").memory(batch, (60, 104))
+    with Live() as live:
+        for _ in range(2):
+            own.decode(torch.empty(batch, 16, 2, 60, 104, device="meta"))
+    weights = sum(p.nbytes for p in own.vae.parameters())
+    assert parts["VAE"] == weights
+    assert abs(sum(parts.values()) - weights - live.peak) < 0.1 * live.peak
 
 
 def test_text_is_as_in_wans_own_padded_call(text):

@@ -66,14 +66,16 @@ class WanVAE:
 
     def memory(self, batch: int, latent_size: tuple[int, int]) -> dict[str, int]:
         """Bytes that decoding ``batch`` videos of latents (H, W) takes at its peak, by what they are for."""
-        config, size = self.vae.config, self.vae.dtype.itemsize
+        size = self.vae.dtype.itemsize
         pixels = latent_size[0] * latent_size[1] * self.spatial**2
-        width = config.decoder_base_dim or config.base_dim
+        # A frame of the last layers' input, which are the widest by far.
+        frame = pixels * (self.vae.config.decoder_base_dim or self.vae.config.base_dim) * size
         weights = sum(p.numel() for p in self.vae.parameters()) * size
-        # Two frames of the input of every convolution; half of all that is at the full resolution.
-        features = batch * 2 * pixels * width * size * 12
-        # The last upsampling, in float32, of the four frames of a latent frame.
-        activations = self.temporal * pixels * width * (4 * 2 + 2 * size)
+        # Two frames of the input of every convolution that looks back: 7 at the full resolution, 6 twice as wide on a
+        # quarter of the pixels, and so on.
+        features = int(batch * 2 * frame * 12.3)
+        # In the last norm, for the frames of one latent frame: the residual, the input, both in float32, the result.
+        activations = 7 * self.temporal * frame
         return {"VAE": weights, "VAE features": features, "VAE decoding": activations}
 
     @torch.no_grad()
