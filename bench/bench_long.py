@@ -104,7 +104,7 @@ class LongVideo:
             torch.cuda.synchronize()
 
     def growth(self) -> dict[str, float]:
-        """Median of the last quarter of the blocks over that of the first, which the very first block is not part of."""
+        """Median of the last quarter of the blocks over that of the first; the very first block does not count."""
         quarter = max(1, self.count // 4)
         found = {}
         for name in GROWTH:

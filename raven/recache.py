@@ -31,25 +31,22 @@ class RecentChunks:
 
     def keep(self, chunk: int, x_0: torch.Tensor) -> None:
         """Copy chunk number ``chunk`` and drop what is no longer needed."""
-        self._latents.pop(chunk - self.count, None)
-        if chunk < self.sink:
-            # Kept for good, or, where the sink's keys stay what they are, not at all.
-            if self.sinks:
-                self._latents[chunk - self.sink] = x_0.clone()
-        else:
+        if chunk - self.count >= self.sink:
+            del self._latents[chunk - self.count]
+        if chunk >= self.sink or self.sinks:
             self._latents[chunk] = x_0.clone()
 
     @property
     def chunks(self) -> tuple[int, ...]:
         """The chunks that ``encode`` would write."""
-        return tuple(c + self.sink if c < 0 else c for c in sorted(self._latents))
+        return tuple(self._latents)
 
     @torch.no_grad()
     def encode(self, stream: Stream) -> None:
         """Write keys and values of ``chunks`` anew; none of the stream's commits may be deferred."""
         cache = stream.cache
         seen = [] if self.sinks else list(range(min(self.sink, cache.num_committed)))
-        for chunk, (_, x_0) in zip(self.chunks, sorted(self._latents.items()), strict=True):
+        for chunk, x_0 in self._latents.items():
             cache.reopen(chunk, seen)
             assert cache.current is not None
             x_0 = stream._twice(x_0)
