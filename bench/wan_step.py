@@ -20,8 +20,8 @@ from raven.repack import repacked_forward
 from raven.testing import Tolerance, assert_as_accurate, relative_rms
 
 GIB = 2**30
-# Everything in bfloat16, two blocks deep: errors of the reference backend are about a fifth of this.
-SLICE = Tolerance(rms=0.05, factor=2.0)
+# Two blocks in bfloat16 with every backend: velocity and gradient have about half of this error.
+SLICE = Tolerance(rms=1e-2, factor=2.0)
 
 
 @dataclass(frozen=True)

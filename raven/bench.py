@@ -225,6 +225,9 @@ def format_phases(results: Mapping[str, Any]) -> str:
             continue
         whole = sum(phases.values())
         peak = f", peak {row['peak_gib']:.1f} GiB" if "peak_gib" in row else ""
+        if "official_seconds" in row:
+            official = f"{row['official_seconds']:g} s, {row['official_peak_gib']:g} GiB"
+            peak += f" (official code, measured earlier on an H200: {official})"
         lines.append(f"{row['op']} {row['case']}, {row['backend']}: {whole / 1e3:.3g} s{peak}")
         width = max(map(len, phases))
         lines += [f"  {name.ljust(width)}  {ms:9.1f} ms  {100 * ms / whole:5.1f} %" for name, ms in phases.items()]

@@ -84,9 +84,12 @@ def test_limits_from_below_and_without_their_figure(monkeypatch):
 def test_phases_in_report_and_picture(tmp_path):
     pytest.importorskip("matplotlib")
     phases = {"rollout": 3000.0, "student backward": 1000.0}
-    results = stored() | {"rows": [row_of(phases_ms=phases, peak_gib=80.0), row_of(case="b", phases_ms=phases)]}
+    official = {"official_seconds": 5.54, "official_peak_gib": 26.5}
+    rows = [row_of(phases_ms=phases, peak_gib=80.0), row_of(case="b", phases_ms=phases, peak_gib=9.0, **official)]
+    results = stored() | {"rows": rows}
     lines = bench.format_phases(results).splitlines()
     assert lines[0] == "step repacked-60840-selective, cuda: 4 s, peak 80.0 GiB" and len(lines) == 6
+    assert lines[3].endswith("9.0 GiB (official code, measured earlier on an H200: 5.54 s, 26.5 GiB)")
     assert lines[1].split() == ["rollout", "3000.0", "ms", "75.0", "%"]
     assert bench.format_phases(stored()) == ""
     names = [path.name for path in bench.plot_results(results, tmp_path / "run.json")]

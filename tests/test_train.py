@@ -283,15 +283,16 @@ with d.process_group("cpu") as device:
     got = group_advantages(rewards, ["p", "p"], gather=d.gather, rank=rank)
     assert torch.allclose(got, torch.tensor([-1.0, 1.0]), atol=1e-3), got
 
-    for kind in ("raven", "grpo"):
-        trainer = t.make(kind, seed=rank)  # other initial weights: rank 0's are taken
-        run(trainer, 2, sys.argv[1] + "/" + kind, progress=False)
+    for kind, settings in (("raven", {}), ("grpo", {}), ("raven", {"master_weights": True, "accumulation": 1})):
+        trainer = t.make(kind, seed=rank, **settings)  # other initial weights: rank 0's are taken
+        folder = sys.argv[1] + "/" + kind + "".join(settings)
+        run(trainer, 2, folder, progress=False)
         flat = torch.cat([v.flatten() for v in t.weights(trainer).values()])
         both = d.gather(flat[None])
         assert torch.equal(both[0], both[1])
-        assert len(read_metrics(sys.argv[1] + "/" + kind + "/metrics.jsonl")) == 2
-        resumed = t.make(kind, seed=5)
-        run(resumed, 2, sys.argv[1] + "/" + kind, progress=False)
+        assert len(read_metrics(folder + "/metrics.jsonl")) == 2
+        resumed = t.make(kind, seed=5, **settings)
+        run(resumed, 2, folder, progress=False)
         t.assert_same(resumed, trainer)
     print("ok", rank)
 """
