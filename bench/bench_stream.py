@@ -6,8 +6,8 @@ code runs. Windows are measured when the ring goes round: 12 video frames a chun
 replayed as CUDA graphs are, bit for bit, those of the eager mode. Rows of "cuda" use Hopper's kernels where an op has
 one and Triton's elsewhere.
 
-`first_chunk_ms` is wall time from a new video to its first chunk, after the warm-up; `idle_percent` the share of a
-replayed chunk in which no kernel ran.
+`first_chunk_ms` is wall time from a new video to its first chunk, after the warm-up; `chunk_ms` the same for each chunk
+of a video; `idle_percent` the share of replayed chunks in which no kernel ran, from a profile.
 """
 
 from __future__ import annotations
@@ -136,17 +136,19 @@ class Case:
         run()  # the pass is captured at its second call
         return statistics.median(milliseconds(run) for _ in range(REPEATS))
 
-    def first_chunk(self) -> float:
-        """Wall milliseconds from a new video to its first chunk."""
+    def each_chunk(self) -> list[float]:
+        """Wall milliseconds of each chunk of a video, waited for one by one: the medians."""
         found = []
-        for _ in range(2 * REPEATS + 1):
+        for _ in range(REPEATS):
             self.begin(self.graphed)
-            synchronize()
-            start = time.perf_counter()
-            self.chunk(self.graphed)
-            synchronize()
-            found.append(1e3 * (time.perf_counter() - start))
-        return statistics.median(found)
+            found.append([milliseconds(lambda: self.chunk(self.graphed)) for _ in range(self.chunks)])
+        return [statistics.median(times) for times in zip(*found, strict=True)]
+
+    def idle_percent(self) -> float:
+        """Share of replayed chunks in which no kernel ran."""
+        busy_and_span(lambda: self.begin(self.graphed))  # the profiler's own start
+        busy, span, _ = busy_and_span(lambda: self.video(self.graphed))
+        return 100 * (1 - busy / span)
 
 
 def synchronize() -> None:
@@ -164,11 +166,13 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 
 def busy_and_span(run: Callable[[], object]) -> tuple[float, float, dict[str, float]]:
-    """Microseconds in which any kernel ran, from the first one's start to the last one's end, and by kernel."""
+    """Microseconds in which any kernel ran, from the first one's start to the last one's end, and of each kernel."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         synchronize()
     events = [e for e in profile.events() if e.device_type == DeviceType.CUDA]
+    if not events:
+        return 0.0, 0.0, {}
     ranges = sorted((e.time_range.start, e.time_range.end) for e in events)
     busy, reached = 0.0, ranges[0][0]
     for begin, end in ranges:
@@ -188,12 +192,16 @@ def freed():
         torch.cuda.empty_cache()
 
 
-@cache
-def one_prompt(backend: str, size: Size) -> float:
-    """Frames per second of one prompt, which two are held against."""
-    case = Case(size, 1, 0, None, False)
-    case.warm_up()
-    return 1e3 * case.frames / case.milliseconds(case.graphed)
+one_prompt: dict[tuple[str, Size], float] = {}
+
+
+def rate_of_one_prompt(backend: str, size: Size) -> float:
+    """Frames per second, which two prompts are held against: from a row before, or measured now."""
+    if (backend, size) not in one_prompt:
+        case = Case(size, 1, 0, None, False)
+        case.warm_up()
+        one_prompt[backend, size] = 1e3 * case.frames / case.milliseconds(case.graphed)
+    return one_prompt[backend, size]
 
 
 def measure(bench, name: str, size: Size = WAN, prompts=1, sink=0, window=None, float8=False) -> None:
@@ -217,15 +225,16 @@ def measure(bench, name: str, size: Size = WAN, prompts=1, sink=0, window=None, 
         record["eager_frames_per_s"] = 1e3 * case.frames / case.milliseconds(case.eager, 1)
         if window is None:
             record["frames_per_s_with_last_pass"] = 1e3 * case.frames / case.with_last_pass()
-            record["first_chunk_ms"] = case.first_chunk()
+            record["chunk_ms"] = case.each_chunk()
+            record["first_chunk_ms"] = record["chunk_ms"][0]
         if DEVICE == "cuda":
-            case.video(case.graphed) if window is not None else case.begin(case.graphed)
-            for _ in range(2):  # no first chunk: its pass before is missing
-                busy, span, _ = busy_and_span(lambda: case.chunk(case.graphed))
-            record["idle_percent"] = 100 * (1 - busy / span)
+            record["idle_percent"] = case.idle_percent()
         if prompts > 1:
-            record["of_one_prompt"] = record["frames_per_s"] / one_prompt(backend, size)
-        bench.progress(f"{name}, {backend}: " + ", ".join(f"{key} {value:.4g}" for key, value in record.items()))
+            record["of_one_prompt"] = record["frames_per_s"] / rate_of_one_prompt(backend, size)
+        elif window is None and not float8:
+            one_prompt[backend, size] = record["frames_per_s"]
+        figures = {key: value for key, value in record.items() if not isinstance(value, list)}
+        bench.progress(f"{name}, {backend}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
         return ms
 
     bench.row(
