@@ -11,7 +11,7 @@ import torch
 
 from raven.models.config import WanConfig
 
-# cuBLAS and cuBLASLt keep a workspace of this size each for a stream; a captured graph runs on a stream of its own.
+# Of cuBLAS for a stream, on Hopper; graphs are captured on a stream of their own.
 CUBLAS_WORKSPACE = 32 * 2**20
 GIB = 2**30
 
@@ -113,11 +113,11 @@ def stream_memory(
     read = stored * d * size * (2 if fp8_cache else int(not merged))
 
     tokens = rows * chunk_tokens * (2 if merged else 1)
-    # The widest moment of a block: the residual stream, the normed input, the MLP's hidden layer (in half precision its
-    # GELU is part of the product) and its output.
-    hidden = f if size == 2 and not fp8_linears else 2 * f
-    activations = tokens * size * (3 * d + hidden)
-    graph = CUBLAS_WORKSPACE * (2 if graphs else 0)
+    # The widest moment of a block, in its MLP: seven tensors of the model's width (the block's input, the attention's
+    # output, two sums, the normed input, the MLP's output, the result), and the hidden layer. In half precision the
+    # GELU is part of a product; float8 products read a second hidden layer, of a byte a number.
+    hidden = f * (size + 1) if fp8_linears else f * size * (1 if size == 2 else 2)
+    activations = tokens * (7 * d * size + hidden)
     return Estimate(
         {
             "weights": weights,
@@ -125,7 +125,9 @@ def stream_memory(
             "cache": cache,
             "cache as it is read": read,
             "one forward": activations,
-            "workspaces": 2 * CUBLAS_WORKSPACE + graph,
+            # What a captured forward works in cannot be used by anything else, such as the eager one before it.
+            "graphs": activations if graphs else 0,
+            "workspaces": CUBLAS_WORKSPACE * (2 if graphs else 1),
         }
     )
 
