@@ -54,7 +54,7 @@ def test_too_little_memory_is_refused_with_what_would_help(capsys):
     require(needed, 80 * gib, batch=2)
     assert "of GPU memory; 80.00 GiB are free" in capsys.readouterr().err
     with pytest.raises(MemoryError, match=r"would fit with --window 2 \(.*one prompt at a time \(.*--ignore-memory"):
-        require(needed, 10 * gib, batch=2)
+        require(needed, 11 * gib, batch=2)
     with pytest.raises(MemoryError, match="a smaller --size"):
         require(needed, gib, batch=2)
     require(needed, gib, ignore=True, batch=2)
@@ -105,4 +105,7 @@ def test_the_peak_is_the_estimate(options):
     for _ in stream.generate(options.get("frames", 12)):
         pass
     peak = torch.cuda.max_memory_allocated() - before
-    assert abs(estimate.total - peak) < 0.1 * peak, f"{peak / GIB:.2f} GiB, estimated {estimate}"
+    held = torch.cuda.max_memory_reserved() / GIB
+    measured = f"{peak / GIB:.2f} GiB ({held:.2f} with what is cached), estimated {estimate}"
+    print(measured)
+    assert abs(estimate.total - peak) < 0.1 * peak, measured
