@@ -211,7 +211,7 @@ def _phases(results: Mapping[str, Any]) -> Figure | None:
 
 def _long(results: Mapping[str, Any]) -> Figure | None:
     """Time of a chunk and memory along videos without an end, from rows with ``blocks``."""
-    rows = [row for row in results["rows"] if row.get("blocks")]
+    rows = [row for row in results["rows"] if row.get("blocks") and row["frames"] >= 1000]
     if not rows:
         return None
     panels = {
@@ -225,7 +225,7 @@ def _long(results: Mapping[str, Any]) -> Figure | None:
             points = [(block["frames"], block[key] / unit) for block in row["blocks"]]
             name = f"{row['case'].rsplit('-', 1)[0]}, {row['backend']}"
             axes.plot(*zip(*points, strict=True), lw=1.3, color=f"C{number}", label=name)
-        axes.set_ylim(0, 1.15 * max(block[key] for row in rows for block in row["blocks"]) / unit or 1.0)
+        axes.set_ylim(0, 1.15 * max(block[key] for row in rows for block in row["blocks"]) / unit)
         axes.set(xlabel="latent frames", ylabel=label)
         axes.grid(alpha=0.3, lw=0.5)
     figure.suptitle(f"{rows[0]['frames']:,} latent frames: {_title(results)}", fontsize=10)
