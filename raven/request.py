@@ -59,6 +59,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"checkpoint: got {path}, expected a checkpoint file")
+    if path.is_dir() and len(inside := list(path.glob("*.safetensors"))) == 1:
+        path = inside[0]
     if path.suffix != ".safetensors":
         return {}
     from safetensors import SafetensorError, safe_open

@@ -127,8 +127,12 @@ class Wan(Source):
         if self.vae.channels != config.in_dim:
             want = f"{config.in_dim} as the checkpoint has"
             raise ValueError(f"wan: got a VAE of {self.vae.channels} latent channels, expected {want}")
-        if self._text is not None:
-            self._text.tokenize(prompts, config.text_len)
+        if self._text is None:
+            return
+        if self._text.width != config.text_dim:
+            want = f"{config.text_dim} as the checkpoint has"
+            raise ValueError(f"wan: got a text encoder of width {self._text.width}, expected {want}")
+        self._text.tokenize(prompts, config.text_len)
 
     def encode(self, prompts: Sequence[str], config: WanConfig, device: torch.device) -> list[torch.Tensor]:
         if self._text is None:
@@ -138,6 +142,7 @@ class Wan(Source):
             where = torch.device("cpu")
             need = f"needs {self._text.nbytes / GIB:.1f} GiB, {free / GIB:.1f} are free on {device}"
             print(f"the text encoder runs on the CPU ({need})", file=sys.stderr)
+        print(f"encoding {len(prompts)} prompts", file=sys.stderr)
         rows = [row.to(device) for row in self._text.encode(prompts, config.text_len, where)]
         self._text.release()  # it is as large as all the rest
         if where.type == "cuda":

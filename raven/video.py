@@ -75,8 +75,8 @@ class VideoWriter:
         except OSError:
             pass  # the encoder has gone: its exit code tells
         if process.wait() != 0:
-            frames = trim(self.path)
-            raise OSError(f"could not write {self.path} ({self._reason()}); {frames} frames of it are kept")
+            trim(self.path)
+            raise OSError(f"could not write {self.path} ({self._reason()})")
         self._messages.close()
 
     def _start(self, size: tuple[int, int]) -> None:

@@ -71,7 +71,7 @@ def test_a_full_disk_keeps_a_video_that_plays(tmp_path):
     writer = VideoWriter(tmp_path / "a.mp4")
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"could not write .*a.mp4 \(.*File too large\); \d+ frames of it are kept"):
+        with pytest.raises(OSError, match=r"could not write .*a.mp4 \(.*File too large\)"):
             for _ in range(200):
                 writer.add(noise)
             writer.close()

@@ -235,4 +235,6 @@ def test_bad_input_of_generate(folder, checkpoint, tmp_path, capsys):
     other = tmp_path / "other.safetensors"
     save_checkpoint(other, CausalWan(WanConfig(**{**CONFIG.to_dict(), "in_dim": 6, "patch_size": (1, 2, 2)})))
     assert "wan: got a VAE of 4 latent channels, expected 6" in failure("--prompt", "a", "--checkpoint", other)
+    save_checkpoint(other, CausalWan(WanConfig(**{**CONFIG.to_dict(), "text_dim": 18, "patch_size": (1, 2, 2)})))
+    assert "wan: got a text encoder of width 16, expected 18" in failure("--prompt", "a", "--checkpoint", other)
     assert not list(tmp_path.glob("*.mp4"))

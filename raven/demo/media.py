@@ -32,6 +32,8 @@ def enlarge(frames: np.ndarray, at_least: int = 192) -> np.ndarray:
     factor = max(1, -(-at_least // min(height, width)))
     if factor % 2 and (height % 2 or width % 2):
         factor += 1
+    if factor == 1:
+        return frames
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
 
 

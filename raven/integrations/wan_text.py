@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from raven.integrations import need, part_of
+from raven.models.config import read_object
 
 
 def clean(prompt: str) -> str:
@@ -47,8 +48,13 @@ class WanText:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the encoder's weights, about: those of its files, as if they had ``dtype`` already."""
+        """Bytes of the encoder's files: its weights', or more when they will be narrower."""
         return sum(file.stat().st_size for file in self._folder.glob("*.safetensors"))
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row of ``encode``, as the encoder's ``config.json`` says."""
+        return read_object((self._folder / "config.json").read_bytes(), str(self._folder / "config.json"))["d_model"]
 
     def encoder(self, device: torch.device | str = "cpu") -> Any:
         """The ``UMT5EncoderModel``, on the device."""
