@@ -96,11 +96,15 @@ def test_cached_error_within_twice_that_of_plain_pytorch(gpu_backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens, dim, hidden", [(CHUNK, 1536, 8960), (37, 64, 48), (7, 12, 13), (1, 64, 48)])
+@pytest.mark.parametrize("tokens, dim, hidden", [(CHUNK, 1536, 8960), (513, 64, 48), (513, 12, 13), (1, 1536, 8960)])
 @torch.no_grad()
 def test_gelu_in_the_epilogue_is_the_tanh_form(dtype, tokens, dim, hidden):
-    """Not the exact one, whatever kernel the product takes: no further from float64 than the two steps are."""
+    """Not the exact one, whatever kernel the product takes: no further from float64 than the two steps are.
+
+    Around -3 the two forms differ by a tenth.
+    """
     mlp = Mlp(dim, hidden).to(device="cuda", dtype=dtype)
+    mlp[0].bias.normal_(-3, 0.5)
     x = torch.randn(1, tokens, dim, device="cuda", dtype=dtype)
     exact = mlp[0].weight.double(), mlp[0].bias.double()
     want = F.gelu(F.linear(x.double(), *exact), approximate="tanh")
@@ -110,6 +114,7 @@ def test_gelu_in_the_epilogue_is_the_tanh_form(dtype, tokens, dim, hidden):
     out = mlp(x)
     assert out.shape == x.shape
     assert relative_rms(seen[0], want) <= 1.1 * relative_rms(plain, want)
+    assert relative_rms(F.gelu(F.linear(x.double(), *exact)), want) > 2 * relative_rms(plain, want)
 
 
 def kernel_times(run):
@@ -160,10 +165,10 @@ def test_a_cached_forward_never_waits_for_the_gpu_and_copies_no_cache():
     model = wide_model()
     x, _, t, context = latents(3)
     text = model.encode_text(context)
-    cache = filled_cache(model, 12)
+    cache = filled_cache(model, 14)
 
     def run():
-        return model(x, t, text, cache=cache, frame=36)
+        return model(x, t, text, cache=cache, frame=42)
 
     run()
     torch.cuda.set_sync_debug_mode("error")
@@ -171,8 +176,7 @@ def test_a_cached_forward_never_waits_for_the_gpu_and_copies_no_cache():
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    layer = cache.k[0][:, : 13 * CHUNK]
-    assert peak_extra_bytes(run) < 0.9 * layer.nbytes, "what a chunk needs, and nothing of the size of the history"
+    assert peak_extra_bytes(run) < cache.k[0].nbytes, "what a chunk needs, and nothing of the size of the history"
 
 
 def test_peak_memory_of_a_block_in_the_backward_pass():

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from types import ModuleType
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from raven.models.config import WanConfig
-from raven.models.mlp import Mlp, gated_mlp
+from raven.models.mlp import Mlp, block_kernels, gated_mlp
 from raven.models.packing import LastSegment, Packing
 from raven.ops import chunk_attention, gated_residual, modulate
 from raven.spans import Spans
@@ -45,9 +47,30 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda and x.dtype == self.weight.dtype:
-            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)  # one kernel, in float32 inside
+        if x.is_cuda and x.dtype == self.weight.dtype:  # one kernel, in float32 inside
+            if torch.is_grad_enabled() and (kernels := block_kernels(x, self.weight)):
+                return _RMSNormFunction.apply(x, self.weight, self.eps, kernels)
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         return (F.rms_norm(wide(x), x.shape[-1:], None, self.eps) * self.weight).to(x.dtype)
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """PyTorch's own kernel forward, a faster one backward."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float, kernels: ModuleType) -> torch.Tensor:
+        y, rstd = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.kernels = kernels
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        rows = (t.reshape(-1, x.shape[-1]).contiguous() for t in (x, grad))
+        dx, dweight = ctx.kernels.rms_norm_backward(*rows, weight, rstd.reshape(-1))
+        return dx.view_as(x), dweight, None, None
 
 
 class StopWhere(torch.autograd.Function):

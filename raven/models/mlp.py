@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from raven import backends
 from raven.ops import gated_residual
 
 _HALF = (torch.bfloat16, torch.float16)
 SEGMENT = 2048  # fewest tokens of a segment for which products by segment cost less than the output of the MLP
-GROUP = 4  # segments whose products live at once
+GROUP = 8  # segments whose products live at once
 
 
 class Mlp(nn.Sequential):
@@ -89,14 +92,25 @@ class _MlpFunction(torch.autograd.Function):
         return *_first_layer(grad, x, hidden, w_in, w_out, need[:3]), dw_out, db_out
 
 
+def block_kernels(*tensors: torch.Tensor) -> ModuleType | None:
+    """The Triton kernels of the backward pass where they take these tensors."""
+    if backends.get_backend() not in (None, "triton") or backends.triton_reason(*tensors) is not None:
+        return None
+    return import_module("raven.kernels.block_backward")
+
+
 def _first_layer(grad, x, hidden, w_in, w_out, need) -> tuple[torch.Tensor | None, ...]:
     """Gradients of the input, the first weight and the first bias, from that of the MLP's output."""
     if not any(need):
         return None, None, None
-    dh = grad.flatten(0, -2) @ w_out
-    torch.ops.aten.gelu_backward.grad_input(dh, hidden.flatten(0, -2), approximate="tanh", grad_input=dh)
+    dh, hidden, rows = grad.flatten(0, -2) @ w_out, hidden.flatten(0, -2), x.flatten(0, -2)
+    if kernels := block_kernels(dh, hidden):
+        db = kernels.gelu_backward(hidden, dh).to(w_in.dtype)
+    else:
+        torch.ops.aten.gelu_backward.grad_input(dh, hidden, approximate="tanh", grad_input=dh)
+        db = dh.sum(0) if need[2] else None
     dx = (dh @ w_in).view(x.shape) if need[0] else None
-    return dx, dh.t() @ x.flatten(0, -2) if need[1] else None, dh.sum(0) if need[2] else None
+    return dx, dh.t() @ rows if need[1] else None, db if need[2] else None
 
 
 class _GradientOnly(torch.autograd.Function):
@@ -132,30 +146,35 @@ class _GradientOnly(torch.autograd.Function):
 def _by_segment(grad, hidden, gate, w_out, b_out, lengths) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the gate, the last weight and the last bias."""
     wide = torch.float64 if w_out.dtype == torch.float64 else torch.float32
-    hidden = F.gelu(hidden, approximate="tanh")
     sums = torch.stack([part.sum(1, dtype=wide) for part in grad.split(lengths, dim=1)], dim=1)  # [B, N, C]
-    gates, weight = gate.flatten(0, 1).to(wide), w_out.to(wide)
-    pairs = [
-        (left, right)
-        for sample in zip(grad.to(w_out.dtype), hidden, strict=True)
-        for left, right in zip(*(t.split(lengths) for t in sample), strict=True)
-    ]
-    dgate, dweight = torch.empty_like(gates), torch.zeros_like(weight)
-    for i in range(0, len(pairs), GROUP):
-        group = pairs[i : i + GROUP]
-        products = weight.new_empty(len(group), *weight.shape)
-        for (left, right), product in zip(group, products, strict=True):
-            _wide_product(left.t(), right, product)
-        dgate[i : i + GROUP] = torch.einsum("sck,ck->sc", products, weight)
-        dweight += torch.einsum("sck,sc->ck", products, gates[i : i + GROUP])
+    gates = gate.flatten(0, 1).to(wide)
+    dgate, dweight = torch.empty_like(gates), torch.empty(w_out.shape, dtype=wide, device=gates.device)
+    lengths *= grad.shape[0]  # of the segments of all samples, one after the other
+    groups = [lengths[i : i + GROUP] for i in range(0, len(lengths), GROUP)]
+    tensors = (grad.to(w_out.dtype), F.gelu(hidden, approximate="tanh"))
+    rows = (t.flatten(0, 1).split([sum(group) for group in groups]) for t in tensors)
+    kernels = block_kernels(w_out)
+    for i, (group, left, right) in enumerate(zip(groups, *rows, strict=True)):
+        part = slice(i * GROUP, i * GROUP + len(group))
+        products = _products(left, right, group, wide)
+        if kernels:
+            kernels.weigh_products(products, w_out, gates[part], dgate[part], dweight, i == 0)
+            continue
+        dgate[part] = torch.einsum("sck,ck->sc", products, w_out.to(wide))
+        weighted = torch.einsum("sck,sc->ck", products, gates[part])
+        dweight = weighted if i == 0 else dweight + weighted
     dgate = dgate.view_as(sums) + b_out * sums
     db_out = (gates.view_as(sums) * sums).sum((0, 1))
     return dgate.to(gate.dtype), dweight.to(w_out.dtype), db_out.to(b_out.dtype)
 
 
-def _wide_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-    """``out = left @ right`` of 16-bit tensors, not rounded to their dtype."""
-    if left.is_cuda and left.dtype in _HALF:
-        torch.ops.aten.mm.dtype_out(left, right, out.dtype, out=out)
-    else:
-        torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
+def _products(left: torch.Tensor, right: torch.Tensor, lengths: Sequence[int], wide: torch.dtype) -> torch.Tensor:
+    """``left.T @ right`` for each run of rows, not rounded to their dtype: ``[L, C]``, ``[L, K]`` to ``[n, C, K]``."""
+    options = {"out_dtype": wide} if left.is_cuda and left.dtype in _HALF else {}
+    if not options:
+        left, right = left.to(wide), right.to(wide)
+    if len(set(lengths)) == 1:
+        left, right = (t.unflatten(0, (len(lengths), -1)) for t in (left, right))
+        return torch.bmm(left.transpose(1, 2), right, **options)
+    pairs = zip(*(t.split(lengths) for t in (left, right)), strict=True)
+    return torch.stack([torch.mm(a.t(), b, **options) for a, b in pairs])
