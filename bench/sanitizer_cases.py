@@ -48,8 +48,8 @@ def decode(head_dim: int) -> Sequence[torch.Tensor]:
         return chunk_attention(q, k, v, Spans.build([((0, 70), [(0, 300), (450, 2090)])]), return_lse=True)
 
 
-def rows(dtype: torch.dtype, per_head: bool) -> Sequence[torch.Tensor]:
-    tokens, heads, dim = 37, 3, 64
+def rows(dtype: torch.dtype, heads: int, dim: int, per_head: bool = False) -> Sequence[torch.Tensor]:
+    tokens = 37
     q, k = (draw(1, tokens, heads, dim, dtype=dtype, grad=True) for _ in range(2))
     weights = [draw(dim if per_head else heads * dim, dtype=torch.float32, grad=True) for _ in range(2)]
     positions = torch.arange(3 * tokens, dtype=torch.int32).view(tokens, 3).cuda()
@@ -58,8 +58,8 @@ def rows(dtype: torch.dtype, per_head: bool) -> Sequence[torch.Tensor]:
     return *outputs, *grads
 
 
-def append(cache_dtype: torch.dtype) -> Sequence[torch.Tensor]:
-    tokens, heads, dim = 37, 3, 64
+def append(cache_dtype: torch.dtype, heads: int, dim: int) -> Sequence[torch.Tensor]:
+    tokens = 37
     q, k, v = (draw(1, tokens, heads, dim) for _ in range(3))
     weights = [draw(heads * dim, dtype=torch.float32) for _ in range(2)]
     positions = torch.arange(3 * tokens, dtype=torch.int32).view(tokens, 3).cuda()
@@ -70,43 +70,67 @@ def append(cache_dtype: torch.dtype) -> Sequence[torch.Tensor]:
     return query, cache.k[0][:, :tokens].float(), cache.v[0][:, :tokens].float()
 
 
-def states() -> tuple[torch.Tensor, ...]:
-    v, x_t, x_s = (draw(2, 3, 5, 7, 9, dtype=torch.float32, grad=True) for _ in range(3))
+ODD = (2, 3, 5, 7, 9)  # element by element
+EVEN = (2, 2, 5, 48, 52)  # by vectors; a run is more than one piece
+
+
+def states(shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[torch.Tensor, ...]:
+    """Of the dtypes, the first is the velocity's."""
+    v, x_t, x_s = (draw(*shape, dtype=dtypes[min(i, 1)], grad=True) for i in range(3))
     return v, x_t, x_s, torch.tensor([0.8, 0.7]).cuda(), torch.tensor([0.4, 0.3]).cuda()
 
 
-def log_prob() -> Sequence[torch.Tensor]:
-    v, x_t, x_s, t, s = states()
+def log_prob(*problem) -> Sequence[torch.Tensor]:
+    v, x_t, x_s, t, s = states(*problem)
     whole = gaussian_log_prob(v, x_t, x_s, t, s)
     chunks = gaussian_log_prob(v, x_t, x_s, t, s, (2, 3))
     grads = [torch.autograd.grad(x, (v, x_t, x_s), torch.ones(x.shape).cuda()) for x in (whole, chunks)]
-    return whole, chunks, *grads[0], *grads[1]
+    alone = gaussian_log_prob(v, x_t.detach(), x_s.detach(), t, s, (2, 3))
+    scaled = torch.autograd.grad(alone, v, torch.tensor([[2.0, -1.0], [0.5, 3.0]]).cuda())
+    return whole, chunks, *grads[0], *grads[1], alone, *scaled
 
 
-def policy() -> Sequence[torch.Tensor]:
-    v, x_t, x_s, t, s = states()
+def policy(*problem) -> Sequence[torch.Tensor]:
+    v, x_t, x_s, t, s = states(*problem)
     x_t, x_s = x_t.detach(), x_s.detach()
     loss, log_prob = policy_loss(v, x_t, x_s, t, s, torch.tensor([1.5, -0.5]).cuda(), (2, 3), (1.0, 0.5))
-    return loss, log_prob, *torch.autograd.grad(loss, v)
+    return loss, log_prob, *torch.autograd.grad(loss, v, torch.tensor(2.0).cuda())
 
 
-CASES: dict[str, Callable[[], Sequence[torch.Tensor]]] = {
-    f"attention {dtype} {head_dim} {'deterministic' if ordered else 'fast'}": (
-        lambda dtype=dtype, head_dim=head_dim, ordered=ordered: attention(dtype, head_dim, ordered)
-    )
-    for dtype in (torch.bfloat16, torch.float16)
-    for head_dim in (64, 128)
-    for ordered in (False, True)
-} | {
-    "decode 64": lambda: decode(64),
-    "decode 128": lambda: decode(128),
-    "qk_norm_rope bfloat16": lambda: rows(torch.bfloat16, False),
-    "qk_norm_rope float32 per head": lambda: rows(torch.float32, True),
-    "kv_append bfloat16": lambda: append(torch.bfloat16),
-    "kv_append float8": lambda: append(torch.float8_e4m3fn),
-    "gaussian_log_prob": log_prob,
-    "policy_loss": policy,
-}
+CASES: dict[str, Callable[[], Sequence[torch.Tensor]]] = (
+    {
+        f"attention {dtype} {head_dim} {'deterministic' if ordered else 'fast'}": (
+            lambda dtype=dtype, head_dim=head_dim, ordered=ordered: attention(dtype, head_dim, ordered)
+        )
+        for dtype in (torch.bfloat16, torch.float16)
+        for head_dim in (64, 128)
+        for ordered in (False, True)
+    }
+    | {
+        "decode 64": lambda: decode(64),
+        "decode 128": lambda: decode(128),
+        "qk_norm_rope bfloat16 3 heads": lambda: rows(torch.bfloat16, 3, 64),
+        "qk_norm_rope bfloat16 12 heads": lambda: rows(torch.bfloat16, 12, 128),
+        "qk_norm_rope float16 40 heads": lambda: rows(torch.float16, 40, 128),
+        "qk_norm_rope float32 per head": lambda: rows(torch.float32, 3, 64, per_head=True),
+        "kv_append bfloat16 3 heads": lambda: append(torch.bfloat16, 3, 64),
+        "kv_append bfloat16 12 heads": lambda: append(torch.bfloat16, 12, 128),
+        "kv_append bfloat16 40 heads": lambda: append(torch.bfloat16, 40, 128),
+        "kv_append float8 3 heads": lambda: append(torch.float8_e4m3fn, 3, 64),
+        "kv_append float8 12 heads": lambda: append(torch.float8_e4m3fn, 12, 128),
+    }
+    | {
+        f"{op.__name__} {how} {str(v)[6:]} {str(x)[6:]}": lambda op=op, shape=shape, dtypes=(v, x): op(shape, dtypes)
+        for op in (log_prob, policy)
+        for how, shape, v, x in (
+            ("by elements", ODD, torch.float32, torch.float32),
+            ("by elements", ODD, torch.bfloat16, torch.float16),
+            ("by vectors", EVEN, torch.float32, torch.float32),
+            ("by vectors", EVEN, torch.bfloat16, torch.float32),
+            ("by vectors", EVEN, torch.float16, torch.float16),
+        )
+    }
+)
 
 
 def run() -> None:
