@@ -18,7 +18,8 @@ INSTALL_HINT = "pip install raven-kernels[demo]"
 class VideoWriter:
     """An mp4 file (H.264) that grows while a video is generated.
 
-    Fragments are closed at every key frame, so the part written so far plays also after an interruption. Opening
+    It is written in fragments, and all frames but the newest are on the disk at every moment, so the part written so
+    far plays also after an interruption, or while more is added. ``key_every``: frames between key frames. Opening
     fails with ``OSError`` when the folder cannot be written, before any time is spent on sampling; ``add`` and
     ``close`` do when the disk is full, and then the file holds all whole fragments and plays. A file that got no frame
     is removed. ``ModuleNotFoundError`` without imageio-ffmpeg, which brings the encoder.
@@ -85,7 +86,8 @@ class VideoWriter:
             *(self._program, "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{size[0]}x{size[1]}"),
             *("-r", str(Fraction(self.fps).limit_denominator()), "-i", "-", "-an", "-c:v", "libx264"),
             *("-pix_fmt", "yuv420p", "-crf", "16", "-preset", "veryfast", "-tune", "zerolatency"),
-            *("-g", str(self.key_every), "-movflags", "frag_keyframe+empty_moov+default_base_moof", "-f", "mp4"),
+            *("-g", str(self.key_every), "-movflags", "frag_keyframe+empty_moov+default_base_moof"),
+            *("-flush_packets", "1", "-f", "mp4"),  # else the file grows by a megabyte at a time
             str(self.path.absolute()),
         ]
         self._messages = tempfile.TemporaryFile()

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import time
 
 import numpy as np
 import pytest
@@ -61,6 +62,19 @@ def test_latents_can_be_read_while_they_come(tmp_path):
     file.close()
     file.close()
     assert torch.equal(latents(tmp_path / "a.safetensors"), whole)
+
+
+def test_a_video_plays_while_it_grows(tmp_path):
+    pytest.importorskip("imageio_ffmpeg")
+    noise = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), np.uint8)
+    with VideoWriter(tmp_path / "a.mp4", key_every=3) as writer:
+        for i in range(3):
+            writer.add(noise)
+            end = time.monotonic() + 20
+            while count_frames(tmp_path / "a.mp4") < 3 * i + 2 and time.monotonic() < end:
+                time.sleep(0.02)
+            assert len(pictures(tmp_path / "a.mp4")) >= 3 * i + 2
+    assert count_frames(tmp_path / "a.mp4") == 9
 
 
 def test_a_full_disk_keeps_a_video_that_plays(tmp_path):
