@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import raven
-from raven import backends
+from raven import backends, segments
 from raven.ops import gated_residual, modulate
 from raven.ops.gated_residual import _backward, _gated_residual, _gated_residual_norm
 from raven.reference import gated_residual as reference
@@ -358,22 +358,25 @@ def test_triton_by_name_is_not_replaced(triton_backend):
 # How the kernels cut tokens into blocks
 
 
-def test_blocks_cover_every_token_once():
-    pytest.importorskip("triton")
-    from raven.kernels.gated_residual import ragged_blocks, rows_of_blocks
-
-    for lengths in ((5, 0, 17, 1), (4680,) * 13, (1,), (0, 3)):
-        for programs in (1, 7, 528):
-            rows = rows_of_blocks(2, lengths, programs)
-            items, starts = ragged_blocks(lengths, rows, torch.device("cpu"))
-            tokens = [(s, t) for s, first, count in items.tolist() for t in range(first, first + count)]
-            assert tokens == [(s, t) for t, s in enumerate(s for s, n in enumerate(lengths) for _ in range(n))]
-            assert all(0 < count <= rows for _, _, count in items.tolist())
-            for segment in range(len(lengths)):
-                assert (items[starts[segment] : starts[segment + 1], 0] == segment).all()
-            # One row less a block would make too many blocks.
-            assert rows == 1 or 2 * sum(-(-n // (rows - 1)) for n in lengths) > programs
-            assert rows == max(lengths) or 2 * len(items) <= programs
+@pytest.mark.parametrize("lengths", [(5, 0, 17, 1), (4680,) * 13, (1,), (0, 3)], ids=str)
+@pytest.mark.parametrize("most", [1, 7, 528])
+def test_blocks_cover_every_token_once(lengths, most):
+    device, tokens = torch.device("cpu"), sum(lengths)
+    blocks = segments.cut_into_blocks(2, tokens, len(lengths), lengths, device, most)
+    segment = [s for s, length in enumerate(lengths) for _ in range(length)]
+    covered = [(s, t) for s, first, count in blocks.items.tolist() for t in range(first, first + count)]
+    assert covered == list(zip(segment, range(tokens), strict=True))
+    assert segments.segment_of_tokens(lengths, device).tolist() == segment
+    assert all(0 < count <= blocks.rows for count in blocks.items[:, 2].tolist())
+    for i in range(len(lengths)):
+        assert (blocks.items[blocks.starts[i] : blocks.starts[i + 1], 0] == i).all()
+    assert blocks.total == 2 * len(blocks.items)
+    assert blocks.total <= most or blocks.rows == max(lengths)
+    # One row less a block would make too many blocks.
+    assert blocks.rows == 1 or 2 * sum(-(-n // (blocks.rows - 1)) for n in lengths) > most
+    if len(set(lengths)) == 1:
+        equal = segments.cut_into_blocks(2, tokens, len(lengths), None, device, most)
+        assert equal[:3] == (blocks.rows, blocks.count // len(lengths), blocks.total)
 
 
 # Triton in its interpreter
@@ -432,9 +435,8 @@ def configured():
 
 @pytest.mark.interpret
 def test_interpreted_in_blocks(triton_backend, configured):
-    """Several tokens a program, the last program of a segment with fewer."""
-    configured("forward", rows=2)
-    configured("backward", programs=4)
+    """Several tokens a block, the last one of a segment with fewer."""
+    configured("backward", blocks=4)
     check_against_float64(Case(L=6, C=16))
     check_against_float64(Case(L=6, C=16, lengths=(1, 5), norm="affine"))
 

@@ -211,7 +211,7 @@ def _backward(
     if backends.select("gated_residual", *grads, total, stats, branch, gate, scale) == "reference":
         run = reference.backward
     else:
-        from raven.kernels.gated_residual import backward as run
+        from raven.kernels.gated_residual_backward import backward as run
     return run(grad_total, grad_y, total, stats, branch, gate, scale, lengths, dtypes, wanted)
 
 
