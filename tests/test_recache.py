@@ -222,3 +222,18 @@ def test_nothing_grows(name):
         tracemalloc.stop()
     assert late[0] - before[0] < 100 * 256 and late[1] - before[1] <= 8 and late[2] == before[2]
     assert stream.cache.nbytes == bytes_before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["longlive", "longlive_inf"])
+def test_gpu_switches_with_graphs_are_bit_for_bit_eager(name):
+    model = tiny_model(torch.bfloat16).cuda()
+    old, new = prompts(torch.bfloat16)
+    videos = []
+    for graphs in (True, False):
+        options = preset(name, chunk_frames=1, graphs=graphs, generator=torch.Generator("cuda").manual_seed(4))
+        stream = Stream(model, old, SHAPE, **options)
+        stream.warm_up(levels=LEVELS)
+        videos.append(torch.cat(list(stream.generate(24, LEVELS, switches=[(7, new), (8, old), (16, new)])), dim=2))
+        assert stream.mode == ("graphs" if graphs else "eager")
+    assert torch.equal(*videos) and videos[0].isfinite().all()
