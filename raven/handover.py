@@ -39,18 +39,14 @@ class Handover:
             result = self._decode(x)
             host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
             host.copy_(result, non_blocking=True)
-            return Decoded(host, start, self.mark_on(self._side))
-
-    def mark_on(self, stream: torch.cuda.Stream) -> Mark:
-        """This moment in the order of a stream."""
-        return Mark(stream)
+            return Decoded(host, start, Mark(self._side))
 
 
 class Mark:
     """A moment in a CUDA stream, or on the host's clock without one."""
 
     def __init__(self, stream: torch.cuda.Stream | None) -> None:
-        self._event = None if stream is None else torch.cuda.Event(enable_timing=True)
+        self._event = None if stream is None else torch.cuda.Event(enable_timing=True, blocking=True)
         self._time = time.perf_counter()
         if stream is not None:
             self._event.record(stream)

@@ -190,6 +190,23 @@ def test_embeddings_cannot_switch(checkpoint, world, tmp_path):
         generate.generate(request)
 
 
+@pytest.mark.gpu
+def test_graphs_give_the_same_bits_as_eager_on_a_gpu(checkpoint, tmp_path, capsys):
+    def on_gpu(name, **options):
+        path = tmp_path / f"{name}.safetensors"
+        options = {"frames": 12, "device": "cuda", "dtype": "bfloat16", **options}
+        generate.generate(Request(str(checkpoint), [RED, BLUE], out=str(path), **options))
+        return latents(path)
+
+    graphs, said = on_gpu("graphs"), capsys.readouterr().err
+    assert "of GPU memory" in said and "warming up, chunk" in said and " GiB" in said.splitlines()[-1]
+    assert torch.equal(graphs, on_gpu("eager", eager=True))
+    switch = [f"4: {BLUE}"]
+    assert torch.equal(on_gpu("a", switch=switch), on_gpu("b", switch=switch, eager=True))
+    assert not torch.equal(graphs, on_gpu("c", switch=switch))
+    assert torch.isfinite(on_gpu("fp8", fp8="cache,linears")).all()
+
+
 # Checkpoints
 
 
