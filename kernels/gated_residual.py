@@ -18,11 +18,12 @@ from raven.segments import segment_of_tokens
 
 # How work is cut. A tuning script may change it, and calls ``cut.cache_clear()`` after each change.
 # elements: of a row that one thread holds at most, which sets the number of warps
+# most:     elements, where fewer warps let a row be cut in two without padding
 # blocks:   of tokens at most (backward): one share each of the tables' gradients is written, and added up
-# stages:   of copies into shared memory ahead of the computation
+# stages:   of copies into shared memory ahead of the computation, where those take at most so many bytes
 CONFIGS = {
-    "forward": {"elements": 24},
-    "backward": {"elements": 24, "blocks": 528, "stages": 2},
+    "forward": {"elements": 24, "most": 48},
+    "backward": {"elements": 24, "most": 24, "blocks": 528, "stages": 2, "bytes": 65536},
     "sums": {"columns": 32, "rows": 256, "warps": 8},  # of shares: what a program adds up at once
 }
 
@@ -148,13 +149,16 @@ class Cut(NamedTuple):
 
 @lru_cache(maxsize=128)
 def cut(kind: str, channels: int) -> Cut:
-    """1,536 channels as 1,024 + 512 where every thread still gets 16 bytes of both; else 2,048, the last masked."""
-    threads = triton.cdiv(channels, CONFIGS[kind]["elements"])
-    warps = min(16, max(1, triton.next_power_of_2(triton.cdiv(threads, 32))))
+    """1,536 channels as 1,024 + 512 where every thread then has 16 bytes of both; else 2,048, the last masked."""
+    config = CONFIGS[kind]
+    warps = min(16, max(1, triton.next_power_of_2(triton.cdiv(channels, 32 * config["elements"]))))
     a = 1 << (channels.bit_length() - 1)
     b = triton.next_power_of_2(channels - a) if channels > a else 0
-    if b == 0 or (b < a and b >= 32 * warps * 8):
-        return Cut(a, b, warps)
+    if b == 0:
+        return Cut(a, 0, warps)
+    fewer = min(warps, b // (32 * 8))
+    if b < a and fewer and channels <= 32 * fewer * config["most"]:
+        return Cut(a, b, fewer)
     return Cut(2 * a, 0, warps)
 
 

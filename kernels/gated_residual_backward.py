@@ -211,12 +211,19 @@ def backward(
     return [x for x in out if x is not None]
 
 
+def stages(row_bytes: int) -> int:
+    """Of a loop that reads so many bytes a token."""
+    config = CONFIGS["backward"]
+    return config["stages"] if (config["stages"] - 1) * row_bytes <= config["bytes"] else 1
+
+
 def _launch(grad_total, grad_y, total, stats, branch, gate, scale, lengths, out):
     like = grad_total if grad_y is None else grad_y
     (B, L, C), device = like.shape, like.device
     grad_total, grad_y, total, branch, gate, scale = map(channel_rows, (grad_total, grad_y, total, branch, gate, scale))
     config, (a, b, warps) = CONFIGS["backward"], cut("backward", C)
     segments, affine = segments_of(gate, scale), scale is not None and scale.ndim == 1
+    read = (x.element_size() for x in (grad_total, grad_y, total, branch) if x is not None)
     blocks = cut_into_blocks(B, L, segments, lengths, device, config["blocks"])
     shares = [
         None if x is None else torch.empty((blocks.total, C), dtype=torch.float32, device=device) for x in out[2:]
@@ -226,7 +233,7 @@ def _launch(grad_total, grad_y, total, stats, branch, gate, scale, lengths, out)
             grad_total, grad_y, total, stats, branch, gate, scale, *out[:2], *shares, blocks.items,
             L, segments, L // segments, blocks.count, blocks.rows,
             *strides(grad_total), *strides(grad_y), *strides(total), *strides(branch), *strides(gate), *strides(scale),
-            C, a, b, affine, config["stages"], num_warps=warps,
+            C, a, b, affine, stages(sum(read) * (a + b)), num_warps=warps,
         )  # fmt: skip
         if any(share is not None for share in shares):
             sums = CONFIGS["sums"]
@@ -248,7 +255,10 @@ def aot_cases() -> Iterator[tuple]:
         pointers |= {"scale_ptr": norm and table, "stats_ptr": norm and "fp32", "dbranch_ptr": gated and branch}
         shares = {"gate": gated and "fp32", "shift": norm and "fp32", "scale": norm and "fp32"}
         pointers |= {f"d{name}_ptr": kind for name, kind in shares.items()} | {"items_ptr": ragged and "i32"}
-        constants = {"AFFINE": affine, "STAGES": CONFIGS["backward"]["stages"]}
+        a, b, _ = cut("backward", channels)
+        read = ("grad_total_ptr", "grad_y_ptr", "total_ptr", "branch_ptr")
+        row_bytes = (a + b) * sum(4 if pointers[name] == "fp32" else 2 for name in read if pointers[name])
+        constants = {"AFFINE": affine, "STAGES": stages(row_bytes)}
         yield aot_case(_backward_kernel, "backward", channels, pointers, numbers, constants)
 
         sums = CONFIGS["sums"]
