@@ -1,7 +1,7 @@
 """Prompts that change within a video: recache against a stream that starts over, and long streams without growth."""
 
 import gc
-import tracemalloc
+import sys
 from dataclasses import replace
 
 import pytest
@@ -197,11 +197,11 @@ def test_bad_arguments():
         stream.generate(4, switches=[(3, new), (1, old)])
 
 
-@pytest.mark.parametrize("name", ["longlive", "reward_forcing"])
+@pytest.mark.parametrize("name", ["longlive", "longlive_inf", "reward_forcing"])
 def test_nothing_grows(name):
-    """Host memory and tracked objects (tensors are) of a stream that goes on, once its ring has gone round.
+    """Objects that Python tracks (every tensor is one) and memory blocks it has, once the ring has gone round.
 
-    Python's free lists fill up ever more slowly; a tensor or a Python object a chunk would be more than is allowed.
+    Python's free lists fill up ever more slowly; an object a chunk would be a hundred.
     """
     model = tiny_model(config=replace(CONFIG, num_layers=1))
     stream = Stream(model, prompts(torch.float32)[0], SHAPE, **preset(name, chunk_frames=1))
@@ -211,17 +211,12 @@ def test_nothing_grows(name):
         for _ in range(count):
             next(chunks)
         gc.collect()
-        return tracemalloc.get_traced_memory()[0], len(gc.get_objects()), _device_plan.cache_info().currsize
+        plans = _device_plan.cache_info().currsize
+        return len(gc.get_objects()), sys.getallocatedblocks(), plans, stream.cache.nbytes
 
-    tracemalloc.start()
-    try:
-        before = after(100)  # caches of a fixed size have filled up: positions, plans, tables
-        bytes_before = stream.cache.nbytes
-        late = after(100)
-    finally:
-        tracemalloc.stop()
-    assert late[0] - before[0] < 100 * 256 and late[1] - before[1] <= 8 and late[2] == before[2]
-    assert stream.cache.nbytes == bytes_before
+    before = after(100)  # caches of a fixed size have filled up: positions, plans, tables
+    late = after(100)
+    assert late[0] - before[0] <= 8 and late[1] - before[1] < 600 and late[2:] == before[2:]
 
 
 @pytest.mark.gpu
