@@ -66,9 +66,10 @@ class GraphSet:
         """Forget every graph."""
         torch.cuda.synchronize(self.device)  # none of them is running
         self._graphs.clear()
+        self._pool = torch.cuda.graph_pool_handle()  # a pool ends with its last graph
 
     def _capture(self, fn: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
-        graph = torch.cuda.CUDAGraph()
+        graph, recording = torch.cuda.CUDAGraph(), False
         collecting = gc.isenabled()
         gc.disable()  # collecting another graph during a capture would spoil it
         self._side.wait_stream(torch.cuda.current_stream())
@@ -76,12 +77,14 @@ class GraphSet:
             with torch.cuda.stream(self._side):
                 # Of other threads (a decoder, a writer) nothing is forbidden meanwhile.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                recording = True
                 try:
                     fn()
                 finally:
                     graph.capture_end()
+                    recording = False
         except RuntimeError as error:
-            self._give_up(error)
+            self._give_up(error, recording)
             return None
         finally:
             if collecting:
@@ -89,13 +92,13 @@ class GraphSet:
         torch.cuda.current_stream().wait_stream(self._side)
         return graph
 
-    def _give_up(self, error: RuntimeError) -> None:
+    def _give_up(self, error: RuntimeError, recording: bool) -> None:
         cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error  # what broke it comes first
         lines = str(cause).strip().splitlines()
         self.failure = lines[0] if lines else type(cause).__name__
-        self._graphs.clear()
-        # A capture that fails leaves its pool open, and nothing that another stream used would be freed any more.
-        _cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        if recording:  # the end of a broken capture leaves its pool open, and memory that other streams use is kept
+            _cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        self.clear()
         message = f"a CUDA graph could not be captured, going on without graphs: {self.failure}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 

@@ -63,6 +63,7 @@ def tapes(monkeypatch):
     monkeypatch.setattr(captured, "GraphSet", TapeSet)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
 
 def pair(model, context, chunk_frames=2, **options):
@@ -235,21 +236,32 @@ def test_replays_do_not_wait_for_the_gpu(generator):
     assert all(chunk.isfinite().all() for chunk in chunks)
 
 
+def waiting():
+    torch.cuda.current_stream().synchronize()  # breaks a capture
+
+
+def short_of_memory():
+    if torch.cuda.is_current_stream_capturing():
+        raise torch.OutOfMemoryError("out of memory, so to say")
+
+
 @pytest.mark.gpu
-def test_a_chunk_that_cannot_be_captured_runs_without_graphs(monkeypatch):
+@pytest.mark.parametrize("obstacle, reason", [(waiting, "captur"), (short_of_memory, "out of memory, so to say")])
+def test_a_chunk_that_cannot_be_captured_runs_without_graphs(obstacle, reason, monkeypatch):
     graphed, eager = on_gpu(window=1)
+    want = video(eager, 24)
     block = type(graphed.model.blocks[1])
     forward = block.forward
 
-    def waits(self, x, *args, **kwargs):
-        torch.cuda.current_stream().synchronize()
+    def obstructed(self, x, *args, **kwargs):
+        obstacle()
         return forward(self, x, *args, **kwargs)
 
-    monkeypatch.setattr(block, "forward", waits)
-    with pytest.warns(RuntimeWarning, match="a CUDA graph could not be captured, going on without graphs") as caught:
-        got = video(graphed, 24)
-    assert_same_video(got, video(eager, 24))
-    assert len(caught) == 1 and graphed.mode.startswith("eager (") and len(graphed._graphs) == 0
+    with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="could not be captured") as caught:
+        patch.setattr(block, "forward", obstructed)
+        assert_same_video(video(graphed, 24), want)
+    assert len(caught) == 1 and graphed.mode.startswith("eager (") and reason in graphed.mode
+    assert len(graphed._graphs) == 0
     # Memory that another stream has used is still given back.
     side, before = torch.cuda.Stream(), torch.cuda.memory_allocated()
     x = torch.empty(1 << 20, device="cuda")
@@ -258,10 +270,21 @@ def test_a_chunk_that_cannot_be_captured_runs_without_graphs(monkeypatch):
     torch.cuda.synchronize()
     torch.empty(1 << 20, device="cuda")
     assert torch.cuda.memory_allocated() == before
+    graphed.reset()
+    assert_same_video(video(graphed, 24), want)
     again, _ = on_gpu(window=1)
-    monkeypatch.undo()
-    assert_same_video(video(again, 24), got)
+    assert_same_video(video(again, 24), want)
     assert again.mode == "graphs" and len(again._graphs) > 0
+
+
+@pytest.mark.gpu
+def test_weights_that_move_are_captured_anew_on_a_gpu():
+    graphed, eager = on_gpu(window=1)
+    assert_same_video(video(graphed, 24), video(eager, 24))
+    for weight in graphed.model.parameters():
+        weight.data = weight.data * 1.5
+    assert_same_video(video(graphed, 24), video(eager, 24))
+    assert graphed.mode == "graphs" and len(graphed._graphs) == in_the_ring(graphed)
 
 
 @pytest.mark.gpu
