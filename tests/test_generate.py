@@ -182,6 +182,16 @@ def test_bad_input_is_one_line(checkpoint, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_embeddings_that_are_too_long_are_named(checkpoint, world, tmp_path):
+    save_file({"context": torch.zeros(world.text_len + 1, world.text_dim)}, tmp_path / "text.safetensors")
+    request = Request(str(checkpoint), context=str(tmp_path / "text.safetensors"), out=str(tmp_path / "a.safetensors"))
+    with pytest.raises(
+        ValueError, match=f"got {world.text_len + 1} rows, expected at most text_len = {world.text_len}"
+    ):
+        generate.generate(request)
+    assert not (tmp_path / "a.safetensors").exists()
+
+
 def test_embeddings_cannot_switch(checkpoint, world, tmp_path):
     save_file({"context": world.encode([RED])}, tmp_path / "text.safetensors")
     request = Request(str(checkpoint), context=str(tmp_path / "text.safetensors"), switch=[f"2: {BLUE}"])
@@ -205,6 +215,18 @@ def test_graphs_give_the_same_bits_as_eager_on_a_gpu(checkpoint, tmp_path, capsy
     assert torch.equal(on_gpu("a", switch=switch), on_gpu("b", switch=switch, eager=True))
     assert not torch.equal(graphs, on_gpu("c", switch=switch))
     assert torch.isfinite(on_gpu("fp8", fp8="cache,linears")).all()
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_too_small_is_refused_before_it_is_used(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "free_memory", lambda device: 10_000)
+    argv = ["generate", "--checkpoint", checkpoint, "--prompt", RED, "-o", tmp_path / "a.safetensors"]
+    argv = [str(a) for a in (*argv, "--device", "cuda", "--eager")]
+    before = torch.cuda.memory_allocated()
+    assert cli.main(argv) == cli.BAD_INPUT
+    assert "0.00 GiB are free" in capsys.readouterr().err and torch.cuda.memory_allocated() == before
+    assert cli.main([*argv, "--ignore-memory"]) == 0
+    assert latents(tmp_path / "a.safetensors").shape[2] == 6
 
 
 # Checkpoints
