@@ -292,7 +292,7 @@ def sde_rollout(
                 mean, std = euler_maruyama_kernel(v, x, t, values[k + 1], noise_level)
                 x = mean + std * stream.noise()
         if i + 1 < len(stream.sizes):
-            stream.commit(x)
+            stream.commit(x, defer=True)
         finished.append(x)
     x_t = torch.stack([torch.cat(chunks, dim=2) for chunks in states])
     x_0 = torch.cat(finished, dim=2)
