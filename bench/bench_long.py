@@ -166,6 +166,8 @@ def measure(bench, size, rule, frames, blocks, flat=True):
             "mode": video.stream.mode,
             "cache_bytes": video.stream.cache.nbytes,
             "growth": video.growth(),
+            "time_growth": video.growth()["ms"],
+            "memory_growth": max(video.growth()[name] for name in ("allocated", "reserved", "resident")),
             "every": video.every,
             "blocks": video.blocks,
         },

@@ -139,7 +139,15 @@ def _stream() -> list[Limit]:
     ]
 
 
-LIMITS = (*_step(), *_stream())
+def _long() -> list[Limit]:
+    """Late in a video against early in it."""
+    rules = ("self_forcing", "longlive", "longlive_inf", "reward_forcing")
+    jobs = [("long", f"{rule}-10000", "forward") for rule in rules]
+    growth = (("time_growth", "x", 1.10), ("memory_growth", "x", 1.01))
+    return [Limit(*job, *limit) for job in jobs for limit in growth]
+
+
+LIMITS = (*_step(), *_stream(), *_long())
 
 
 def find(rows: Sequence[Row], op: str, case: str, direction: str, backend: str) -> Row | None:
