@@ -27,6 +27,8 @@ CONFIGS = {
     "sums": {"columns": 32, "rows": 256, "warps": 8},  # of shares: what a program adds up at once
 }
 
+MOST_IN_GRID = 65535  # programs along the second and third axis: CUDA C programming guide, "technical specifications"
+
 
 @triton.jit
 def load_part(ptr, C: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr, POLICY: tl.constexpr):
@@ -91,24 +93,44 @@ def without_padding(values, C: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.const
     return values
 
 
-@triton.jit(do_not_specialize=["tokens", "segments", "length"])
+@triton.jit
+def rounded(values, like):
+    """In float32, as ``like``'s dtype would hold them."""
+    if like.dtype.element_ty == tl.bfloat16:
+        # Two at a time: the compiler would convert one by one, at an eighth of the rate, what is both stored and read.
+        values = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000; }",
+            "=r,=r,r,r", [values], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        values = values.to(like.dtype.element_ty).to(tl.float32)
+    return values
+
+
+@triton.jit(do_not_specialize=["tokens", "length"])
 def _forward_kernel(
     x_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, total_ptr, y_ptr, stats_ptr, segment_ptr, tokens, length,
     x_batch, x_token, branch_batch, branch_token, gate_batch, gate_segment, shift_batch, shift_segment,
     scale_batch, scale_segment, eps, C: tl.constexpr, A: tl.constexpr, B: tl.constexpr, AFFINE: tl.constexpr,
 ):  # fmt: skip
-    """x, branch [B, L, C] with any batch and token stride to packed total and y; a missing pointer leaves its part out.
+    """Programs (token of a segment, segment, batch entry); (token of the batch) where segments are listed by token.
+
+    x, branch [B, L, C] with any batch and token stride to packed total and y; a missing pointer leaves its part out.
 
     Without a branch the rows of x are normalised; without y they are only added up.
     """
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.program_id(0) % tokens
     if segment_ptr is None:
-        segment = (token // length).to(tl.int64)
+        segment = tl.program_id(1)
+        batch = tl.program_id(2)
+        token = segment * length + tl.program_id(0)
     else:
-        segment = tl.load(segment_ptr + token).to(tl.int64)
-    batch = (tl.program_id(0) // tokens).to(tl.int64)
+        batch = tl.program_id(0) // tokens
+        token = tl.program_id(0) % tokens
+        segment = tl.load(segment_ptr + token)
+    batch = batch.to(tl.int64)
     token = token.to(tl.int64)
+    segment = segment.to(tl.int64)
+    row = batch * tokens + token
     a, b = load_row(x_ptr + batch * x_batch + token * x_token, C, A, B, "evict_first")
     if branch_ptr is not None:
         branch = branch_ptr + batch * branch_batch + token * branch_token
@@ -119,8 +141,8 @@ def _forward_kernel(
             gate_a, gate_b = load_row(gate_ptr + batch * gate_batch + segment * gate_segment, C, A, B, "evict_last")
             added_a *= gate_a.to(tl.float32)
             added_b *= gate_b.to(tl.float32)
-        a = (a.to(tl.float32) + added_a).to(total_ptr.dtype.element_ty)
-        b = (b.to(tl.float32) + added_b).to(total_ptr.dtype.element_ty)
+        a = rounded(a.to(tl.float32) + added_a, total_ptr)
+        b = rounded(b.to(tl.float32) + added_b, total_ptr)
         store_row(total_ptr + row * C, a, b, C, A, B)
     if y_ptr is not None:
         a = a.to(tl.float32)
@@ -193,11 +215,14 @@ def forward(
         return total, y, stats
     x, branch, gate, shift, scale = map(channel_rows, (x, branch, gate, shift, scale))
     a, b, warps = cut("forward", C)
-    affine = scale is not None and scale.ndim == 1
+    affine, segments = scale is not None and scale.ndim == 1, segments_of(gate, scale)
+    if lengths is None and max(segments, B) > MOST_IN_GRID:
+        lengths = (L // segments,) * segments
+    grid = (B * L,) if lengths is not None else (L // segments, segments, B)
     with torch.cuda.device_of(x):
-        _forward_kernel[(B * L,)](
+        _forward_kernel[grid](
             x, branch, gate, shift, scale, total, y, stats, segment_of_tokens(lengths, x.device),
-            L, L // segments_of(gate, scale) if lengths is None else 0,
+            L, L // segments,
             *strides(x), *strides(branch), *strides(gate), *strides(shift), *strides(scale), eps,
             C, a, b, affine, num_warps=warps,
         )  # fmt: skip
