@@ -15,7 +15,7 @@ import torch
 
 from raven.checkpoint import load_model
 from raven.demo import media
-from raven.handover import Decode, Decoded, Handover
+from raven.handover import Decoded, Handover
 from raven.memory import GIB, Estimate, free_memory, require, stream_memory
 from raven.models.config import WanConfig
 from raven.output import LatentsFile, Videos, Writer
@@ -119,8 +119,17 @@ def generate(request: Request) -> list[Path]:
     else:
         sink = LatentsFile(out, (batch, shape[0], frames, *shape[1:]))
     line = _LiveLine(frames // chunk, source.frames(frames) if films else frames, device)
-    decode = source.decoder(device) if films else torch.Tensor.float
-    _run(lambda: stream.warm_up(frames, levels, line.warm_up), chunks, decode, device, sink, line)
+    handover = Handover(source.decoder(device) if films else torch.Tensor.float, device)
+
+    def warm_up() -> None:
+        stream.warm_up(frames, levels, line.warm_up)
+        if device.type == "cuda":
+            handover.warm_up(torch.zeros(batch, shape[0], chunk, *shape[1:], device=device))
+            source.begin()
+        handover.begin()
+        line.start()
+
+    _run(warm_up, chunks, handover, sink, line)
     return sink.paths
 
 
@@ -145,8 +154,7 @@ def _outputs(out: Path, count: int) -> list[Path]:
 def _run(
     warm_up: Callable[[], object],
     chunks: Callable[[], Iterator[torch.Tensor]],
-    decode: Decode,
-    device: torch.device,
+    handover: Handover,
     sink: Videos | LatentsFile,
     line: _LiveLine,
 ) -> None:
@@ -161,8 +169,6 @@ def _run(
         writer = Writer(write)
         try:
             warm_up()
-            line.start()
-            handover = Handover(decode, device)
             for x in chunks():
                 writer.put(handover.submit(x))
         finally:

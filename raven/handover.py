@@ -22,6 +22,14 @@ class Handover:
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._last: Mark = self.mark()
 
+    def warm_up(self, x: torch.Tensor) -> None:
+        """Decode ``x`` once for nothing: libraries choose their kernels, and the side stream gets its memory."""
+        self.submit(x).wait()
+
+    def begin(self) -> None:
+        """The next chunk's latency counts from here."""
+        self._last = self.mark()
+
     def mark(self) -> Mark:
         """This moment in the order of the work that produces chunks."""
         return Mark(None if self._side is None else torch.cuda.current_stream(self._side.device))

@@ -74,6 +74,9 @@ class Source:
         """What makes pictures ``[B, F, H, W, 3]`` uint8 of the chunks ``[B, C, f, H, W]`` of new videos, in order."""
         raise ValueError("out: got a video, expected latents: there is no decoder")
 
+    def begin(self) -> None:
+        """The next chunk decoded begins new videos."""
+
     def decoder_memory(self, batch: int, latent_size: tuple[int, int]) -> dict[str, int]:
         """Bytes that the decoder takes on a GPU at its peak."""
         return {}
@@ -155,6 +158,9 @@ class Wan(Source):
     def decoder(self, device: torch.device) -> Decode:
         self.vae.to(device)
         return lambda latents: to_bytes(self.vae.decode(latents))
+
+    def begin(self) -> None:
+        self.vae.reset()
 
     def decoder_memory(self, batch: int, latent_size: tuple[int, int]) -> dict[str, int]:
         return self.vae.memory(batch, latent_size)

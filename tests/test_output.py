@@ -129,6 +129,8 @@ def test_the_writer_raises_where_the_caller_is_and_drops_the_rest():
 def test_handover_decodes_in_order():
     handover = Handover(to_uint8, torch.device("cpu"))
     x = torch.rand(1, 3, 2, 4, 4)
+    handover.warm_up(x)
+    handover.begin()
     done = [handover.submit(x * i) for i in range(3)]
     for i, item in enumerate(done):
         assert torch.equal(item.wait(), to_uint8(x * i)) and item.seconds >= 0
