@@ -442,6 +442,17 @@ def test_interpreted_in_blocks(triton_backend, configured):
 
 
 @pytest.mark.interpret
+def test_interpreted_more_segments_than_a_grid_has(triton_backend, monkeypatch):
+    from raven.kernels import gated_residual as kernels
+
+    case = Case(L=4)
+    want = case()
+    monkeypatch.setattr(kernels, "MOST_IN_GRID", 1)
+    for got, expected in zip(case(), want, strict=True):
+        assert_bitwise(got, expected)
+
+
+@pytest.mark.interpret
 def test_interpreted_strides(triton_backend):
     check_strides(Case(L=2))
 
