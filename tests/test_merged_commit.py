@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_wan import CONFIG, tiny_inputs, tiny_model
 
 from raven.stream import Stream, rollout
@@ -116,6 +118,36 @@ def test_commits_by_hand_and_deferred_ones_mix():
     merged.cache.cancel()
     torch.testing.assert_close(merged.velocity(x, 0.7), first, **EXACT)
     assert merged.cache.num_committed == separate.cache.num_committed == 2
+
+
+@given(
+    calls=st.lists(st.sampled_from(["velocity", "commit", "defer", "settle", "cancel", "prompt"]), max_size=9),
+    sink=st.integers(0, 1),
+    window=st.integers(0, 2),
+    sizes=st.lists(st.integers(1, 2), min_size=1, max_size=3),
+)
+@settings(max_examples=12, deadline=None)
+def test_any_order_of_calls(calls, sink, window, sizes):
+    merged, separate = streams(sink=sink, window=window, chunk_frames=sizes)
+    generator = torch.Generator().manual_seed(0)
+    for call in [*calls, "velocity"]:
+        x = merged.noise(generator)
+        prompt = torch.randn(2, 3, CONFIG.text_dim, dtype=x.dtype, generator=generator)
+        cancels = call == "cancel" and separate.cache.current is not None
+        found = []
+        for stream in (merged, separate):
+            if call == "velocity":
+                found.append(stream.velocity(x, 0.7))
+            elif call in ("commit", "defer"):
+                stream.commit(x, defer=call == "defer")
+            elif call == "settle":
+                stream.settle()
+            elif call == "prompt":
+                stream.set_text(prompt)
+            elif cancels:
+                stream.cache.cancel()
+        if found:
+            torch.testing.assert_close(*found, **EXACT)
 
 
 def test_what_was_handed_out_may_be_changed():
