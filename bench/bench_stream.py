@@ -33,7 +33,8 @@ from raven.testing import assert_bitwise, relative_rms
 WAN = Size()
 TINY = Size(WanConfig(32, 64, 1, 2, 2, 2, 16, 4, 3, (1, 4, 4)), (2, 8, 8), (1, 1, 1), 2)
 OFFICIAL = {"official_frames_per_s": 18.05}  # the official code on an H200, measured earlier
-MERGED_LIMIT = 2e-2  # bfloat16, thirty blocks deep
+# Relative RMS between merged and separate passes, thirty blocks deep: in bfloat16, and with float8, whose steps are wider.
+MERGED_LIMITS = {False: 2e-2, True: 0.1}
 REPEATS = 3 if DEVICE == "cuda" else 1
 SEED = 3
 
@@ -49,7 +50,7 @@ class Case:
     """One stream that replays graphs (where there is a GPU) and one that does not, of the same videos."""
 
     def __init__(self, size: Size, prompts: int, sink: int, window: int | None, float8: bool) -> None:
-        self.size, self.prompts, self.sink, self.window = size, prompts, sink, window
+        self.size, self.prompts, self.sink, self.window, self.float8 = size, prompts, sink, window, float8
         self.model = model_of(size.config, float8)
         text = random_text(size.config, prompts, torch.Generator(DEVICE).manual_seed(1)).to(self.model.dtype)
         self.options = {
@@ -125,7 +126,7 @@ class Case:
             found.append(stream.velocity(stream.noise(self.generator), 1.0))
         stream.merge = True
         error = relative_rms(*found)
-        assert error <= MERGED_LIMIT, f"merged passes: relative RMS difference {error:.2e}"
+        assert error <= MERGED_LIMITS[self.float8], f"merged passes: relative RMS difference {error:.2e}"
         return error
 
     def milliseconds(self, stream: Stream, repeats: int = REPEATS) -> float:
@@ -136,24 +137,15 @@ class Case:
         turn = self.window + 2
         return milliseconds(lambda: [self.chunk(stream) for _ in range(turn * repeats)]) / (turn * repeats)
 
-    def with_last_pass(self) -> float:
-        """Milliseconds of a video with the pass that encodes its last chunk."""
-
-        def run() -> None:
-            self.video(self.graphed)
-            self.graphed.settle()
-
-        run()
-        run()  # the pass is captured at its second call
-        return statistics.median(milliseconds(run) for _ in range(REPEATS))
-
-    def each_chunk(self) -> list[float]:
-        """Wall milliseconds of each chunk of a video, waited for one by one: the medians."""
-        found = []
+    def each_chunk(self) -> tuple[list[float], float]:
+        """Wall milliseconds of each chunk of a video, waited for one by one (medians), and of its last clean pass."""
+        found, last = [], []
         for _ in range(REPEATS):
             self.begin(self.graphed)
             found.append([milliseconds(lambda: self.chunk(self.graphed)) for _ in range(self.chunks)])
-        return [statistics.median(times) for times in zip(*found, strict=True)]
+            last.append(milliseconds(self.graphed.settle))
+        # The pass is captured at its second call: the best of all is a replay.
+        return [statistics.median(times) for times in zip(*found, strict=True)], min(last)
 
     def idle_percent(self) -> float:
         """Share of replayed chunks in which no kernel ran."""
@@ -235,8 +227,8 @@ def measure(bench, name: str, size: Size = WAN, prompts=1, sink=0, window=None, 
         record["frames_per_s"] = 1e3 * case.frames / ms
         record["eager_frames_per_s"] = 1e3 * case.frames / case.milliseconds(case.eager, 1)
         if window is None:
-            record["frames_per_s_with_last_pass"] = 1e3 * case.frames / case.with_last_pass()
-            record["chunk_ms"] = case.each_chunk()
+            record["chunk_ms"], last = case.each_chunk()
+            record["frames_per_s_with_last_pass"] = 1e3 * case.frames / (ms + last)
             record["first_chunk_ms"] = record["chunk_ms"][0]
         if DEVICE == "cuda":
             record["idle_percent"] = case.idle_percent()
