@@ -33,7 +33,7 @@ from raven.testing import assert_bitwise, relative_rms
 WAN = Size()
 TINY = Size(WanConfig(32, 64, 1, 2, 2, 2, 16, 4, 3, (1, 4, 4)), (2, 8, 8), (1, 1, 1), 2)
 OFFICIAL = {"official_frames_per_s": 18.05}  # the official code on an H200, measured earlier
-# Relative RMS between merged and separate passes, thirty blocks deep: in bfloat16, and with float8, whose steps are wider.
+# Relative RMS between merged and separate passes, thirty blocks deep: bfloat16; float8, which rounds more coarsely.
 MERGED_LIMITS = {False: 2e-2, True: 0.1}
 REPEATS = 3 if DEVICE == "cuda" else 1
 SEED = 3

@@ -96,7 +96,8 @@ class Stream:
         if recache_sink and (ema is not None or not recache):
             raise ValueError(f"recache_sink: got True with recache={recache}, ema={ema}, expected recache alone")
         self._recent = RecentChunks(recache, sink, recache_sink) if check_int("recache", recache, 0) else None
-        self._cache_options = {"keys": keys, "ema": ema, "dtype": cache_dtype or model.compute_dtype}
+        self._cache_dtype = cache_dtype
+        self._cache_options = {"keys": keys, "ema": ema}
         self.grid = (height // ph, width // pw)
         self.frame = 0
         self.chunk = 0
@@ -186,6 +187,7 @@ class Stream:
                 sink=self.sink,
                 window=self.window,
                 max_chunks=self._chunks_in(self.max_frames) if self.window is None else None,
+                dtype=self._cache_dtype or self.model.compute_dtype,
                 device=self.model.device,
                 spare=self._spare_slots(),
                 grid=None if rotated else self.grid,
