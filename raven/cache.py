@@ -245,6 +245,8 @@ class KVCache:
         computed into ``scratch`` where more is to do, and the next layer's overwrite them there: float8 is scaled
         back, raw keys are rotated.
         """
+        if self.keys == "rotated" and self.k_scale[layer] is None:
+            return self.k[layer].to(dtype), self.v[layer].to(dtype)
         table = self._table or ReadTable(((0, self.k[0].shape[1], 0),), None, self.k[0].device)
         result = []
         for name, x, scale in (("k", self.k[layer], self.k_scale[layer]), ("v", self.v[layer], self.v_scale[layer])):

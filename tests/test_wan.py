@@ -171,7 +171,7 @@ def test_attention_to_the_text_in_parts(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "length, parts", [(60840, 15), (32760, 15), (4680, 2), (4096, 2), (4095, 1), (10007, 1), (1, 1)]
+    "length, parts", [(60840, 13), (32760, 13), (4680, 2), (4096, 2), (4095, 1), (10007, 1), (1, 1)]
 )
 def test_how_queries_of_the_text_are_cut(length, parts):
     assert layers._parts(length) == parts

@@ -191,4 +191,4 @@ def test_peak_memory_of_a_block_in_the_backward_pass():
     run()  # gradients are allocated
     tokens = 60840 * 1536 * 2  # bytes of the residual stream
     hidden = 60840 * 8960 * 2
-    assert peak_extra_bytes(run) < 2 * hidden + 23 * tokens
+    assert peak_extra_bytes(run) < 2 * hidden + 25 * tokens

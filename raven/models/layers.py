@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from types import ModuleType
 from typing import Protocol
 
@@ -15,8 +14,7 @@ from torch.autograd.function import once_differentiable
 from raven.models.config import WanConfig
 from raven.models.mlp import Mlp, block_kernels, gated_mlp
 from raven.models.packing import LastSegment, Packing
-from raven.ops import chunk_attention, gated_residual, modulate
-from raven.spans import Spans
+from raven.ops import gated_residual, modulate
 
 
 class Attend(Protocol):
@@ -169,9 +167,6 @@ class CrossAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1))  # [B, L, H, D]
 
 
-_every_key = lru_cache(maxsize=64)(Spans.full)
-
-
 def _attend_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Attention of every query ``[B, L, H, D]`` to every key ``[B, n, H, D]``, where L is large and n small.
 
@@ -183,12 +178,14 @@ def _attend_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tens
     if parts > 1:
         q = q.unflatten(1, (parts, -1)).flatten(0, 1)
         k, v = (t.unsqueeze(1).expand(-1, parts, -1, -1, -1).flatten(0, 1) for t in (k, v))
-    return chunk_attention(q, k, v, _every_key(q.shape[1], k.shape[1])).unflatten(0, (batch, parts)).flatten(1, 2)
+    # Twice as fast as chunk_attention on these few keys, where a GPU has cuDNN's kernels.
+    out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    return out.unflatten(0, (batch, parts)).flatten(1, 2)
 
 
 def _parts(length: int) -> int:
-    """Into how many parts of at least 2048 queries a row is cut, at most 16; 1 where nothing divides it."""
-    return max(n for n in range(1, 17) if length % n == 0 and (n == 1 or length >= 2048 * n))
+    """Into how many parts of at least 2048 queries a row is cut, at most 13; 1 where nothing divides it."""
+    return max(n for n in range(1, 14) if length % n == 0 and (n == 1 or length >= 2048 * n))
 
 
 def _product_dtype(x: torch.Tensor) -> torch.dtype:

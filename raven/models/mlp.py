@@ -16,7 +16,7 @@ from raven.ops import gated_residual
 
 _HALF = (torch.bfloat16, torch.float16)
 SEGMENT = 2048  # fewest tokens of a segment for which products by segment cost less than the output of the MLP
-GROUP = 8  # segments whose products live at once
+GROUP = 7  # segments whose products live at once
 
 
 class Mlp(nn.Sequential):

@@ -338,7 +338,9 @@ class CausalWan(nn.Module):
         if positions is None:
             positions = frame_positions(cache.query_frame, sum(chunks), *grid, self.device)
         # Nothing after the last layer's attention needs the finished chunk.
-        spans, newest = cache.spans, Spans.build(cache.spans.rows()[-1:])
+        spans = newest = cache.spans
+        if len(chunks) > 1:
+            newest = Spans.build(spans.rows()[-1:])
         eps, last = self.config.eps, len(self.blocks) - 1
 
         def attend(layer, q, k, v, q_weight, k_weight):
