@@ -40,6 +40,7 @@ def test_growth_is_refused(module, name):
 
 def test_blocks_say_where_they_were_measured(module):
     video = module.LongVideo(module.TINY, "longlive_inf", frames=24, blocks=2)
+    assert video.check() < 1e-3
     ms = video.run()
     assert video.every == 4 and len(video.blocks) == 2
     frames = [block["frames"] for block in video.blocks]
