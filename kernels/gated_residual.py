@@ -20,10 +20,10 @@ from raven.segments import segment_of_tokens
 # elements: of a row that one thread holds at most, which sets the number of warps
 # most:     elements, where fewer warps let a row be cut in two without padding
 # blocks:   of tokens at most (backward): one share each of the tables' gradients is written, and added up
-# stages:   of copies into shared memory ahead of the computation, where those take at most so many bytes
+# stages:   of copies into shared memory ahead of the computation, as far as they fit into so many bytes
 CONFIGS = {
     "forward": {"elements": 24, "most": 48},
-    "backward": {"elements": 24, "most": 24, "blocks": 528, "stages": 2, "bytes": 65536},
+    "backward": {"elements": 24, "most": 24, "blocks": 528, "stages": 3, "bytes": 65536},
     "sums": {"columns": 32, "rows": 256, "warps": 8},  # of shares: what a program adds up at once
 }
 

@@ -214,7 +214,7 @@ def backward(
 def stages(row_bytes: int) -> int:
     """Of a loop that reads so many bytes a token."""
     config = CONFIGS["backward"]
-    return config["stages"] if (config["stages"] - 1) * row_bytes <= config["bytes"] else 1
+    return 1 + min(config["stages"] - 1, config["bytes"] // row_bytes)
 
 
 def _launch(grad_total, grad_y, total, stats, branch, gate, scale, lengths, out):
