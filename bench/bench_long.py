@@ -182,7 +182,7 @@ def measure(bench, size, rule, frames, blocks, flat=True):
 @pytest.mark.gpu
 @pytest.mark.parametrize("rule", RULES)
 def test_ten_thousand_frames(bench, rule):
-    measure(bench, SMALL, rule, 10_000, 20)
+    measure(bench, SMALL, rule, 10_000, 12)
 
 
 @pytest.mark.gpu
