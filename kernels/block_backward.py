@@ -1,8 +1,8 @@
 """Triton kernels of a Wan block's backward pass, of the parts that no public op covers.
 
-GELU and the first bias of the MLP; the gate and the last weight of the MLP from products by segment; the RMS norm of the
-queries that attend to the text. Sums over tokens are float32: a program writes its share, and the shares are added up
-in an order that only the shapes decide.
+GELU and the first bias of the MLP; the MLP's gate and last weight from products by segment; the RMS norm of the queries
+that attend to the text. Sums over tokens are float32: a program writes its share, and the shares are added up in an
+order that only the shapes decide.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def weigh_products(products: Tensor, weight: Tensor, gate: Tensor, dgate: Tensor
 
 
 def rms_norm_backward(x: Tensor, grad: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x`` ``[L, C]`` and ``weight`` ``[C]`` of ``x * rstd * weight``; ``rstd`` ``[L]`` is 1 / RMS of x."""
+    """Gradients of ``x`` ``[L, C]`` and ``weight`` ``[C]`` of ``x * rstd * weight``; rstd ``[L]`` is 1 / RMS of x."""
     tokens, channels = x.shape
     rows = triton.cdiv(tokens, PROGRAMS)
     programs = triton.cdiv(tokens, rows)
