@@ -157,6 +157,14 @@ def test_weights_that_move_are_captured_anew(tapes):
     assert len(graphed._graphs) == in_the_ring(graphed)
 
 
+def test_nothing_is_captured_under_autocast(tapes):
+    graphed, eager = pair(tiny_model(config=SMALL), tiny_inputs(1)[3], window=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert graphed.warm_up() == 0
+        assert_same_video(video(graphed, 16), video(eager, 16))
+    assert graphed.cache.k[0].dtype == torch.bfloat16 and len(graphed._graphs) == 0
+
+
 def test_other_samplers_and_single_steps_take_turns_with_graphs(tapes):
     graphed, eager = pair(tiny_model(config=SMALL), tiny_inputs(1)[3], window=1)
     for sampler in ("consistency", "ode") * 4:
