@@ -106,8 +106,27 @@ def test_the_interpreter_leaves_it_to_the_reference(monkeypatch):
     assert "float8_e4m3fn, which Triton's interpreter" in reasons["triton"] and reasons["reference"] is None
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("channels", [1, 24, 40, 300])
+@pytest.mark.parametrize("activation", [None, gelu])
+def test_interpreted_before_the_rounding(channels, activation):
+    """The interpreter has no float8: the kernel writes what it would round, and rows of other tensors stay."""
+    from raven.kernels.quantize_rows import _quantize_kernel, plan
+
+    x, cut, count = make((3, channels)), plan(channels), 3
+    out, scale = torch.full((count + 1, channels), -7.0), torch.full((count + 1,), -7.0)
+    _quantize_kernel[(-(-count // cut.rows),)](
+        x, out, scale, count, channels, channels, cut.first, cut.second, cut.rows, activation is not None
+    )
+    numbers = torch.tensor([[activation(n) if activation else n for n in row] for row in x.tolist()])
+    largest = numbers.abs().amax(1, keepdim=True).clamp_min(2.0**-64)
+    torch.testing.assert_close(out[:count], numbers * 448 / largest, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(scale[:count], largest[:, 0] / 448, rtol=1e-5, atol=0)
+    assert (out[count] == -7).all() and scale[count] == -7
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("channels", [16, 48, 1536, 5120, 8960])
+@pytest.mark.parametrize("channels", [16, 48, 128, 1536, 5120, 8960])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("activation", [None, gelu])
 def test_gpu(channels, dtype, activation):
