@@ -16,7 +16,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
@@ -147,6 +147,14 @@ class Case:
         # The pass is captured at its second call: the best of all is a replay.
         return [statistics.median(times) for times in zip(*found, strict=True)], min(last)
 
+    def of_one_prompt(self) -> float:
+        """Frames per second of all prompts together, divided by those of one alone; they take turns."""
+        one = Case(self.size, 1, self.sink, self.window, self.float8)
+        one.warm_up()
+        times = [[milliseconds(partial(case.video, case.graphed)) for case in (one, self)] for _ in range(REPEATS)]
+        alone, together = (statistics.median(column) for column in zip(*times, strict=True))
+        return self.prompts * alone / together
+
     def idle_percent(self) -> float:
         """Share of replayed chunks in which no kernel ran."""
         busy_and_span(lambda: self.begin(self.graphed))  # the profiler's own start
@@ -195,18 +203,6 @@ def freed():
         torch.cuda.empty_cache()
 
 
-one_prompt: dict[tuple[str, Size], float] = {}
-
-
-def rate_of_one_prompt(backend: str, size: Size) -> float:
-    """Frames per second, which two prompts are held against: from a row before, or measured now."""
-    if (backend, size) not in one_prompt:
-        case = Case(size, 1, 0, None, False)
-        case.warm_up()
-        one_prompt[backend, size] = 1e3 * case.frames / case.milliseconds(case.graphed)
-    return one_prompt[backend, size]
-
-
 def measure(bench, name: str, size: Size = WAN, prompts=1, sink=0, window=None, float8=False) -> None:
     backend = automatic(size)
     case, record = Case(size, prompts, sink, window, float8), {}
@@ -233,9 +229,7 @@ def measure(bench, name: str, size: Size = WAN, prompts=1, sink=0, window=None, 
         if DEVICE == "cuda":
             record["idle_percent"] = case.idle_percent()
         if prompts > 1:
-            record["of_one_prompt"] = record["frames_per_s"] / rate_of_one_prompt(backend, size)
-        elif window is None and not float8:
-            one_prompt[backend, size] = record["frames_per_s"]
+            record["of_one_prompt"] = case.of_one_prompt()
         figures = {key: value for key, value in record.items() if not isinstance(value, list)}
         bench.progress(f"{name}, {backend}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
         return ms
