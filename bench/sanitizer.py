@@ -24,13 +24,6 @@ TOOLS = {
     "synccheck": [],
     "initcheck": [],
 }
-# What racecheck says about the backward of attention, and why it is no race.
-EXPLANATION = [
-    "All are reads of what the producer warp put beside a tile (log-sum-exps, row sums, its number), before the",
-    "producer writes the next to the same place. The lanes that read meet in __syncwarp, then one of them arrives at",
-    "the barrier that the producer waits for; racecheck follows only the lane that arrives. It reports nothing in a",
-    "build that differs in one thing: every lane arrives (arrive_warp without its condition, 32 times the arrivals).",
-]
 ERROR_CODE = 9
 CASES = Path(__file__).with_name("sanitizer_cases.py")
 LIMIT_S = 1800
@@ -62,35 +55,22 @@ def plain(line: str) -> str:
     return re.sub(r"(?:/[\w.+-]+)+/", "", line)
 
 
-def explained(output: str) -> bool:
-    """Whether racecheck's reports are all of the one kind that `EXPLANATION` is about."""
-    records = re.split(r"^=+ (?=Error: |Warning: )", output, flags=re.MULTILINE)[1:]
-    total = re.search(r"\((\d+) errors?, (\d+) warnings?\)", output)
-    known = [
-        record
-        for record in records
-        if record.startswith("Error: Potential WAR hazard")
-        and re.search(r"Read Thread .*consume_backward", record)
-        and re.search(r"Write Thread .*(copy_bytes|produce_backward)", record)
-    ]
-    return total is not None and len(known) == len(records) == sum(map(int, total.groups())) > 0
-
-
 def summarise(tool: str, code: int, output: str, seconds: float) -> tuple[bool, list[str]]:
-    """Whether the run was clean or explained, and its lines of the log: no process numbers, no addresses, no paths."""
+    """Whether the run was clean, and its lines of the log: no process numbers, no addresses, no paths."""
     cases = re.findall(r"^case: (.*)$", output, re.MULTILINE)
     verdicts = re.findall(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", output, re.MULTILINE)
     clean = code == 0 and bool(verdicts) and all(re.match(r"\w+ SUMMARY: 0 ", v) for v in verdicts)
-    reason = EXPLANATION if tool == "racecheck" and code in (0, ERROR_CODE) and explained(output) else []
-    word = "clean" if clean else "not clean, explained below" if reason else "NOT CLEAN"
-    lines = [f"{tool}: {word}, {len(cases)} cases, {seconds:.0f} s", *(f"  {v}" for v in verdicts)]
+    lines = [
+        f"{tool}: {'clean' if clean else 'NOT CLEAN'}, {len(cases)} cases, {seconds:.0f} s",
+        *(f"  {v}" for v in verdicts),
+    ]
     if not clean:
         found = [plain(line) for line in re.findall(r"^=+ +(\S.*)$", output, re.MULTILINE)]
         unwanted = ("SUMMARY", "COMPUTE-SANITIZER", "Host Frame", "Saved host backtrace", "Address ", "Current Value")
         found = [line for line in dict.fromkeys(found) if not any(word in line for word in unwanted)]
         errors = [line.strip() for line in output.splitlines() if re.match(r"\w*(Error|Exception)\b", line)]
-        lines += [f"  {line[:180]}" for line in (*found[:20], *errors[:3], *reason)] + [f"  exit code {code}"]
-    return clean or bool(reason), lines
+        lines += [f"  {line[:180]}" for line in (*found[:20], *errors[:3])] + [f"  exit code {code}"]
+    return clean, lines
 
 
 def versions(sanitizer: str) -> list[str]:

@@ -358,30 +358,6 @@ def test_sanitizer_summaries():
         assert not sanitizer.summarise("racecheck", code, output, 1.0)[0], "a tool that did not finish is not clean"
 
 
-HAZARD = """========= Error: Potential WAR hazard detected at __shared__ 0x38400 in block (2,0,0) :
-=========     Read Thread (252,0,0) at void raven::consume_backward<int, 128>(T2::Shared &, int)+0x2490 in a.cuh:317
-=========     Write Thread (0,0,0) at raven::copy_bytes(unsigned int, unsigned long &)+0x80e0 in hopper.cuh:92
-=========     Current Value : 0, Incoming Value : ?
-"""
-
-
-def test_sanitizer_explains_one_kind_of_report_and_no_other():
-    sanitizer = module_of("sanitizer")
-    end = "========= RACECHECK SUMMARY: {0} hazards displayed ({0} errors, 0 warnings)\n"
-    passed, lines = sanitizer.summarise("racecheck", 9, "case: a\n" + 2 * HAZARD + end.format(2), 1.0)
-    assert passed and "explained" in lines[0] and "every lane arrives" in "\n".join(lines)
-    assert "0x38400" not in "\n".join(lines) and "raven::copy_bytes" in "\n".join(lines)
-    other = HAZARD.replace("consume_backward", "consume_forward")
-    for output in (
-        HAZARD + other + end.format(2),
-        HAZARD + end.format(3),
-        HAZARD.replace("WAR", "RAW") + end.format(1),
-    ):
-        assert not sanitizer.summarise("racecheck", 9, output, 1.0)[0]
-    assert not sanitizer.summarise("memcheck", 9, HAZARD + end.format(1), 1.0)[0]
-    assert not sanitizer.summarise("racecheck", 1, HAZARD + end.format(1), 1.0)[0], "the program itself failed"
-
-
 def test_sanitizer_refuses(capsys, monkeypatch):
     sanitizer = module_of("sanitizer")
     with pytest.raises(SystemExit):

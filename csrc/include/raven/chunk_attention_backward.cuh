@@ -118,7 +118,7 @@ __device__ __forceinline__ void consume_backward(typename Tile::Shared& shared, 
 #pragma unroll
                 for (int j = 0; j < 4; ++j) asm volatile("" ::"r"(p16[i][j]), "r"(ds16[i][j]));
             }
-            arrive_warp(shared.q_empty[used]);
+            arrive_lanes(shared.q_empty[used]);
             arrive_warp(shared.g_empty[used]);
         };
 
@@ -194,7 +194,7 @@ __device__ __forceinline__ void consume_backward(typename Tile::Shared& shared, 
         stage_queries(step - 1);
         publish_queries();
         const int4 item = shared.item;
-        arrive_warp(shared.kv_empty);
+        arrive_lanes(shared.kv_empty);
         const int64_t row_stride = int64_t(a.heads / a.group) * D;
         const int64_t at = (int64_t(item.w) * a.keys + item.x + group * 64) * row_stride + item.z * D;
         store_gradient<T, D>(dv, static_cast<T*>(a.dv) + at, row_stride, item.y - group * 64, 1.f);
@@ -218,10 +218,12 @@ __global__ void __launch_bounds__(384, 1)
         prefetch_map(&map_g);
         barrier_init(shared.k_full, 1);
         barrier_init(shared.v_full, 1);
-        barrier_init(shared.kv_empty, 8);
+        // Threads, each of which arrives. Not a constant: with one, ptxas runs out of registers for the products (C7511).
+        const uint32_t consumers = blockDim.x - 128;
+        barrier_init(shared.kv_empty, consumers);
         for (int i = 0; i < Tile::STAGES; ++i) {
             barrier_init(shared.q_full[i], 1);
-            barrier_init(shared.q_empty[i], 8);
+            barrier_init(shared.q_empty[i], consumers);
             barrier_init(shared.g_full[i], 1);
             barrier_init(shared.g_empty[i], 8);
         }

@@ -94,8 +94,9 @@ __device__ __forceinline__ void add_queries(typename Tile::Shared& shared, const
 #pragma unroll 1
     for (uint32_t step = 0;; ++step) {
         named_sync(PARTS + part, 160);
-        const int4 info = shared.info[step % Tile::INFOS];
-        if (info.z < 0) break;
+        int4 info = make_int4(0, 0, 0, 0);  // read by the lane that then arrives at dq_empty
+        if (threadIdx.x % 32 == 0) info = shared.info[step % Tile::INFOS];
+        if (__shfl_sync(0xFFFFFFFF, info.z, 0) < 0) break;
         if (threadIdx.x % 32 == 0) {
             const int64_t tile = info.z;
             float* to = a.dq + tile * (Tile::HEAD_DIM * Tile::QUERIES) + part * (Tile::PART_BYTES / sizeof(float));

@@ -62,6 +62,12 @@ __device__ __forceinline__ void arrive_warp(uint64_t& barrier) {
         : "memory");
 }
 
+// An arrival of every lane, for what all of them have read: racecheck does not see that a warp met before one arrived.
+__device__ __forceinline__ void arrive_lanes(uint64_t& barrier) {
+    __syncwarp();
+    barrier_arrive(barrier);
+}
+
 // Rows behind a range belong to somebody else, and 0 times NaN is NaN: both consumer warpgroups clear them together.
 template <int PANELS, int ROWS>
 __device__ __forceinline__ void clear_rows(uint8_t* tile, int rows) {
