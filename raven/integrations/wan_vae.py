@@ -10,9 +10,41 @@ from os import PathLike
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from raven.errors import check_shape
 from raven.integrations import need, part_of
+
+
+class ChannelNorm(nn.Module):
+    """diffusers' ``WanRMS_norm`` over channels, ``x / |x| * sqrt(C) * gamma + bias``, as one kernel.
+
+    Its own is a row of passes over the video's widest tensors, half of them in float32. ``[B, C, ...]`` -> the same,
+    with the channels last in memory.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(norm.gamma.detach().flatten(), requires_grad=False)
+        self.bias = norm.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.movedim(1, -1)
+        # diffusers' floor for |x| is 1e-12: only a row of zeros feels either of them.
+        return F.rms_norm(rows, rows.shape[-1:], self.gamma, eps=1e-24).movedim(-1, 1) + self.bias
+
+
+def with_channels_last(decoder: nn.Module) -> None:
+    """Lay a decoder out for tensor cores, in place: channels last in memory, where norms are rows as well."""
+    for module in list(decoder.modules()):
+        if isinstance(module, nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)
+        elif isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+        for name, child in module.named_children():
+            if type(child).__name__ == "WanRMS_norm" and child.channel_first:
+                setattr(module, name, ChannelNorm(child))
 
 
 class WanVAE:
@@ -24,6 +56,8 @@ class WanVAE:
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae.eval().requires_grad_(False)
+        if vae.device.type == "cuda":
+            with_channels_last(vae.decoder)
         self.channels: int = vae.config.z_dim
         # Pixels of a latent pixel's side, and video frames of a latent frame (the first one gives one frame).
         self.spatial: int = vae.config.scale_factor_spatial
@@ -52,6 +86,8 @@ class WanVAE:
     def to(self, device: torch.device | str) -> WanVAE:
         """Move weights to a device; videos begin anew."""
         self.vae.to(device)
+        if self.vae.device.type == "cuda":
+            with_channels_last(self.vae.decoder)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
         self.reset()
         return self
@@ -93,7 +129,8 @@ class WanVAE:
             self._features = [[None] * self._convolutions for _ in range(latents.shape[0])]
         if len(self._features) != latents.shape[0]:
             raise ValueError(f"latents: got {latents.shape[0]} videos, expected {len(self._features)} as before")
-        z = (latents.float() * self._std + self._mean).to(self.vae.dtype)
+        wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
+        z = (wide * self._std + self._mean).to(self.vae.dtype)
         return torch.stack(
             [self._decode_one(video[None], features, begins) for video, features in zip(z, self._features, strict=True)]
         )
@@ -101,6 +138,8 @@ class WanVAE:
     def _decode_one(self, z: torch.Tensor, features: list[Any], begins: bool) -> torch.Tensor:
         """One video at a time and frame by frame: the widest layers are what limits the memory."""
         z = self.vae.post_quant_conv(z)
+        if z.is_cuda:
+            z = z.contiguous(memory_format=torch.channels_last_3d)
         parts = [
             self.vae.decoder(frame, feat_cache=features, feat_idx=[0], first_chunk=begins and i == 0)
             for i, frame in enumerate(z.split(1, dim=2))
