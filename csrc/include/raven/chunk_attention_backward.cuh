@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(384, 1)
         prefetch_map(&map_g);
         barrier_init(shared.k_full, 1);
         barrier_init(shared.v_full, 1);
-        // Threads, each of which arrives. Not a constant: with one, ptxas runs out of registers for the products (C7511).
+        // Threads, each of which arrives. As a constant it makes ptxas run out of registers for the products (C7511).
         const uint32_t consumers = blockDim.x - 128;
         barrier_init(shared.kv_empty, consumers);
         for (int i = 0; i < Tile::STAGES; ++i) {
