@@ -121,7 +121,7 @@ class CapturedChunks:
 
     def __init__(self, device: torch.device) -> None:
         self.graphs = GraphSet(device)
-        self._weights: tuple[int, ...] = ()
+        self._read: tuple[int, ...] = ()
         self._buffers: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
         self._positions: torch.Tensor | None = None
 
@@ -146,13 +146,14 @@ class CapturedChunks:
         """Open the chunk or two of these frames, which end at frame ``end``; their positions int32 ``[L, 3]``.
 
         Positions lie at a fixed address: those of the newest chunk from the middle of the buffer on. Graphs of weights
-        that have moved since (to another dtype, into other layers) are forgotten.
+        or texts that have moved since (to another dtype, into other layers) are forgotten.
         """
-        weights = tuple(x.data_ptr() for x in chain(stream.model.parameters(), stream.model.buffers()))
-        if weights != self._weights:
+        model, text = stream.model, stream.text
+        read = tuple(x.data_ptr() for x in chain(model.parameters(), model.buffers(), text.k, text.v))
+        if read != self._read:
             if len(self):
                 self.graphs.clear()
-            self._weights = weights
+            self._read = read
         cache, per_frame, device = stream.cache, stream.tokens_per_frame, stream.model.device
         frame = end - sum(chunks)
         cache.begin(chunks[0] * per_frame, frame, chunks[0])

@@ -155,6 +155,9 @@ def test_weights_that_move_are_captured_anew(tapes):
     assert len(graphed._graphs) == 0
     assert_same_video(video(graphed, 12), video(eager, 12))
     assert len(graphed._graphs) == in_the_ring(graphed)
+    graphed.text = eager.text = graphed.model.encode_text([torch.ones(1, CONFIG.text_dim)] * 2)
+    assert_same_video(video(graphed, 2), video(eager, 2))
+    assert len(graphed._graphs) == 0
 
 
 def test_nothing_is_captured_under_autocast(tapes):
