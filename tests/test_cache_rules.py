@@ -11,6 +11,7 @@ import raven
 from raven.cache import KVCache
 from raven.cache_rules import EmaSink
 from raven.presets import PRESETS, preset
+from raven.stream import Stream
 from raven.testing import relative_rms
 
 GRID = (2, 1)  # a frame of 4 x 2 latents
@@ -140,6 +141,32 @@ def test_views_come_round():
             assert cache.query_frame == 3 and positions[:, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
         cache.commit()
     assert len(seen) == 3
+
+
+def test_raw_keys_in_float8():
+    """Scaled back and rotated in one pass, into the same buffers; as near to the exact keys as rotated float8 is."""
+    model = tiny_model()
+    text, chunks = prompt(model), latents(1, 6, torch.float32)
+    errors = {}
+    for keys in ("rotated", "raw"):
+        rule = {"sink": 1, "window": 2, "keys": keys}
+        want = run(model, make_cache(1, torch.float32, **rule), chunks, text)
+        cache = make_cache(1, torch.float8_e4m3fn, **rule)
+        errors[keys] = relative_rms(run(model, cache, chunks, text), want)
+        assert {name for name, _ in cache._scratch} == {"k", "v"}
+    assert 0 < errors["raw"] < 1.5 * errors["rotated"] < 0.05
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_streams_take_presets(name):
+    options = preset(name)
+    model = tiny_model()
+    stream = Stream(model, tiny_inputs(1, batch=1)[3], (4, *SIZE), **preset(name, max_frames=21))
+    cache = stream.cache
+    assert cache.chunk_tokens == options["chunk_frames"] * 2 and cache.grid == (GRID if cache.keys == "raw" else None)
+    for key, usual in (("sink", 0), ("window", None), ("keys", "rotated"), ("ema", None)):
+        assert getattr(cache, key) == options.get(key, usual)
+    assert (stream._recent is not None) == ("recache" in options)
 
 
 # The blended sink
