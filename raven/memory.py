@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +128,41 @@ def stream_memory(
             # What a captured forward works in cannot be used by anything else, such as the eager one before it.
             "graphs": activations if graphs else 0,
             "workspaces": CUBLAS_WORKSPACE * (2 if graphs else 1),
+        }
+    )
+
+
+def training_memory(
+    config: WanConfig,
+    *,
+    latent_size: tuple[int, int],
+    chunk_frames: Sequence[int] = (3,) * 7,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    checkpointing: str = "selective",
+) -> Estimate:
+    """Peak of the repacked forward and its backward, gradients present, without masters and an optimizer's state.
+
+    ``checkpointing``: "selective" or "full". ``latent_size`` is (H, W), ``chunk_frames`` counts latent frames. Raises
+    ``ValueError`` for another mode.
+    """
+    if checkpointing not in ("selective", "full"):
+        raise ValueError(f"checkpointing: got {checkpointing!r}, expected selective or full")
+    size, d, f = dtype.itemsize, config.dim, config.ffn_dim
+    _, ph, pw = config.patch_size
+    frames = 2 * sum(chunk_frames) - chunk_frames[-1]  # the last chunk has no clean copy
+    tokens = batch * frames * (latent_size[0] // ph) * (latent_size[1] // pw)
+    kept = d * size  # a token's input of every block; selective: the output and statistics of its attention as well
+    if checkpointing == "selective":
+        kept += d * size + config.num_heads * 4
+    weights = parameters(config) * size
+    return Estimate(
+        {
+            "weights": weights,
+            "gradients": weights,
+            "kept for the backward": config.num_layers * tokens * kept,
+            "one block's backward": tokens * (16 * d + 3 * f) * size,
+            "workspaces": CUBLAS_WORKSPACE,
         }
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_checkpoint import WRAPPINGS
 
 import raven.video as video_module
 from raven import cli, generate
@@ -240,26 +241,33 @@ def test_a_checkpoint_of_another_size_is_named(checkpoint, model, tmp_path, caps
     assert not (tmp_path / "a.mp4").exists()
 
 
-@pytest.mark.parametrize("form", ["generator_ema", "fsdp", "compiled", "folder"])
-def test_wrapped_checkpoints_give_the_same_video(checkpoint, model, world, tmp_path, form):
-    state = model.state_dict()
-    if form == "folder":
-        (tmp_path / "m").mkdir()
-        save_checkpoint(path := tmp_path / "m" / "model.safetensors", model)
-        path = path.parent
-    else:
-        wrap = {
-            "generator_ema": lambda n: f"model.{n}",
-            "fsdp": lambda n: f"model._fsdp_wrapped_module.{n}",
-            "compiled": lambda n: f"module._orig_mod.{n}",
-        }[form]
-        wrapped = {wrap(name): value for name, value in state.items()}
-        torch.save({"generator_ema": wrapped, "step": 1} if form != "compiled" else wrapped, path := tmp_path / "m.pt")
-    model.config.to_json(tmp_path / "config.json")
-    save_file({"context": world.encode([RED])}, tmp_path / "text.safetensors")
-    own = {"context": str(tmp_path / "text.safetensors"), "latent_size": "16x16", "chunk_frames": 2, "frames": 6}
-    got = run(path, tmp_path / "a.safetensors", (), sink=1, window=1, config=str(tmp_path / "config.json"), **own)
-    assert torch.equal(got, run(checkpoint, tmp_path / "b.safetensors"))
+@pytest.fixture(scope="module")
+def expected(checkpoint, tmp_path_factory):
+    return run(checkpoint, tmp_path_factory.mktemp("expected") / "a.safetensors")
+
+
+def from_embeddings(path, model, world, folder):
+    """What a checkpoint without a world generates from the same text and sizes."""
+    model.config.to_json(folder / "other.json")
+    save_file({"context": world.encode([RED])}, folder / "text.safetensors")
+    options = {
+        "config": str(folder / "other.json"),
+        "context": str(folder / "text.safetensors"),
+        "latent_size": "16x16",
+    }
+    return run(path, folder / "a.safetensors", (), chunk_frames=2, frames=6, sink=1, window=1, **options)
+
+
+@pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS.keys())
+def test_wrapped_checkpoints_give_the_same_video(expected, model, world, tmp_path, wrap):
+    torch.save(wrap(model.state_dict()), tmp_path / "model.pt")
+    assert torch.equal(from_embeddings(tmp_path / "model.pt", model, world, tmp_path), expected)
+
+
+def test_a_folder_with_one_checkpoint(expected, checkpoint, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "student.safetensors").write_bytes(checkpoint.read_bytes())
+    assert torch.equal(run(tmp_path / "model", tmp_path / "a.safetensors"), expected)
 
 
 # What is left when it ends
