@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from raven.checkpoint import load_model
-from raven.demo import media
 from raven.handover import Decoded, Handover
 from raven.memory import GIB, Estimate, free_memory, require, stream_memory
 from raven.models.config import WanConfig
@@ -36,6 +35,7 @@ from raven.request import (
 from raven.schedule import sampling_levels
 from raven.sources import Source, pick_source, read_context
 from raven.stream import Stream
+from raven.video import find_encoder
 
 __all__ = ["Request", "generate", "read_context"]
 
@@ -71,7 +71,7 @@ def generate(request: Request) -> list[Path]:
         raise ValueError(f"out: got {out.name!r}, expected a name that ends in {' or '.join(suffixes)}{why}")
     films = out.suffix == ".mp4"
     if films:
-        media.need("imageio_ffmpeg", "writing mp4")
+        find_encoder()
     later = [prompt for _, prompt in switches]
     source.check_prompts(prompts, later)
     check_writable(out)

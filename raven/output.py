@@ -13,8 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from raven.demo.media import enlarge
-from raven.video import VideoWriter, count_frames
+from raven.video import VideoWriter, count_frames, enlarge
 
 Item = TypeVar("Item")
 # Room for the header of a latents file, so that it can be rewritten in place.

@@ -15,6 +15,29 @@ import numpy as np
 INSTALL_HINT = "pip install raven-kernels[demo]"
 
 
+def find_encoder() -> str:
+    """The ffmpeg program that comes with imageio-ffmpeg; ``ModuleNotFoundError`` without it."""
+    try:
+        from imageio_ffmpeg import get_ffmpeg_exe
+    except ImportError as error:
+        raise ModuleNotFoundError(f"writing mp4 needs imageio_ffmpeg: {INSTALL_HINT}", name="imageio_ffmpeg") from error
+    return get_ffmpeg_exe()
+
+
+def enlarge(frames: np.ndarray, at_least: int = 192) -> np.ndarray:
+    """Repeat pixels by a whole factor until the shorter side has ``at_least`` pixels and both sides are even.
+
+    Small worlds have frames of 32 pixels; players would blur them, and H.264 wants even sides.
+    """
+    height, width = frames.shape[1:3]
+    factor = max(1, -(-at_least // min(height, width)))
+    if factor % 2 and (height % 2 or width % 2):
+        factor += 1
+    if factor == 1:
+        return frames
+    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
 class VideoWriter:
     """An mp4 file (H.264) that grows while a video is generated.
 
@@ -28,16 +51,10 @@ class VideoWriter:
     """
 
     def __init__(self, path: str | Path, fps: float = 8.0, key_every: int = 3) -> None:
-        try:
-            from imageio_ffmpeg import get_ffmpeg_exe
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                f"writing mp4 needs imageio_ffmpeg: {INSTALL_HINT}", name="imageio_ffmpeg"
-            ) from error
+        self._program = find_encoder()
         self.path = Path(path)
         self.fps = fps
         self.key_every = key_every
-        self._program = get_ffmpeg_exe()
         self._process: subprocess.Popen | None = None
         self._messages: BinaryIO | None = None
         self._size: tuple[int, int] | None = None

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import numpy as np
 
-from raven.video import INSTALL_HINT, VideoWriter
+from raven.video import INSTALL_HINT, VideoWriter, enlarge
 
 __all__ = ["INSTALL_HINT", "VideoWriter", "animated_webp", "enlarge", "grid", "need", "write_mp4"]
 
@@ -21,20 +21,6 @@ def need(package: str, purpose: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError as error:
         raise ModuleNotFoundError(f"{purpose} needs {package}: {INSTALL_HINT}", name=package) from error
-
-
-def enlarge(frames: np.ndarray, at_least: int = 192) -> np.ndarray:
-    """Repeat pixels by a whole factor until the shorter side has ``at_least`` pixels and both sides are even.
-
-    Small worlds have frames of 32 pixels; players would blur them, and H.264 wants even sides.
-    """
-    height, width = frames.shape[1:3]
-    factor = max(1, -(-at_least // min(height, width)))
-    if factor % 2 and (height % 2 or width % 2):
-        factor += 1
-    if factor == 1:
-        return frames
-    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def write_mp4(path: str | Path, frames: np.ndarray, fps: float = 8.0) -> Path:
