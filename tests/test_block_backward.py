@@ -77,19 +77,19 @@ def test_the_norm_of_a_model_takes_the_kernel(dtype):
         assert relative_rms(a, b) <= 2 * ROUNDING[dtype]
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device, dtype", LANES)
 @pytest.mark.parametrize("lengths", [(40,) * 13, (50, 20, 10)])
-def test_products_by_segment(dtype, lengths):
-    """Of two samples; the kernels, plain PyTorch and float64 agree."""
+def test_products_by_segment(device, dtype, lengths):
+    """Of two samples, with gates out of a table as a block takes them; kernels and float64 agree."""
     length = sum(lengths)
     grad, hidden = torch.randn(2, length, 24), 2 * torch.randn(2, length, 56)
-    gate, weight, bias = torch.randn(2, len(lengths), 24), torch.randn(24, 56), torch.randn(24)
-    tensors = [t.to(device="cuda", dtype=dtype) for t in (grad, hidden, weight, bias)]
+    table, weight, bias = torch.randn(2, len(lengths), 6, 24), torch.randn(24, 56), torch.randn(24)
+    tensors = [t.to(device=device, dtype=dtype) for t in (grad, hidden, weight, bias)]
+    gate = table.to(device)[:, :, 5]
 
     def run(grad, hidden, weight, bias, gate):
         return mlp._by_segment(grad, hidden, gate, weight, bias, lengths)
 
-    want = run(*(t.double() for t in tensors), gate.double().cuda())
-    for got, exact in zip(run(*tensors, gate.cuda()), want, strict=True):
+    want = run(*(t.double() for t in tensors), gate.double())
+    for got, exact in zip(run(*tensors, gate), want, strict=True):
         assert relative_rms(got, exact) <= 2 * ROUNDING[dtype]
