@@ -88,8 +88,10 @@ GELU = {"ROWS": 128, "STEP": 2, "COLUMNS": 1024}
 
 
 def gelu_backward(hidden: Tensor, grad: Tensor) -> Tensor:
-    """``grad *= gelu'(hidden)`` (tanh form) in place, both packed ``[L, K]``; returns its sum over L, float32."""
+    """``grad *= gelu'(hidden)`` (tanh form) in place, ``[L, K]``, grad packed; returns its sum over L, float32."""
     tokens, width = hidden.shape
+    assert grad.is_contiguous()
+    hidden = hidden.contiguous()
     blocks = triton.cdiv(tokens, GELU["ROWS"])
     share = torch.empty((blocks, width), dtype=torch.float32, device=grad.device)
     with torch.cuda.device_of(grad):
@@ -102,10 +104,12 @@ def gelu_backward(hidden: Tensor, grad: Tensor) -> Tensor:
 def weigh_products(products: Tensor, weight: Tensor, gate: Tensor, dgate: Tensor, dweight: Tensor, first: bool) -> None:
     """``dgate[s, c] = sum_k products[s, c, k] weight[c, k]``, ``dweight[c, k] += sum_s gate[s, c] products[s, c, k]``.
 
-    ``products`` ``[S, C, K]``, ``gate``, ``dgate`` ``[S, C]``, ``dweight`` ``[C, K]``: packed float32; ``first`` writes
-    ``dweight`` instead of adding to it.
+    ``products`` ``[S, C, K]``, ``gate``, ``dgate`` ``[S, C]``, ``dweight`` ``[C, K]``: float32, the results packed;
+    ``first`` writes ``dweight`` instead of adding to it.
     """
     segments, rows, width = products.shape
+    assert dgate.is_contiguous() and dweight.is_contiguous()
+    products, weight, gate = products.contiguous(), weight.contiguous(), gate.contiguous()
     size = triton.next_power_of_2(segments)
     with torch.cuda.device_of(products):
         _weigh_kernel[(rows,)](
@@ -116,6 +120,7 @@ def weigh_products(products: Tensor, weight: Tensor, gate: Tensor, dgate: Tensor
 def rms_norm_backward(x: Tensor, grad: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of ``x`` ``[L, C]`` and ``weight`` ``[C]`` of ``x * rstd * weight``; rstd ``[L]`` is 1 / RMS of x."""
     tokens, channels = x.shape
+    x, grad, weight, rstd = (t.contiguous() for t in (x, grad, weight, rstd))
     rows = triton.cdiv(tokens, PROGRAMS)
     programs = triton.cdiv(tokens, rows)
     dx = torch.empty_like(x)

@@ -66,7 +66,7 @@ class _RMSNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        rows = (t.reshape(-1, x.shape[-1]).contiguous() for t in (x, grad))
+        rows = (t.reshape(-1, x.shape[-1]) for t in (x, grad))
         dx, dweight = ctx.kernels.rms_norm_backward(*rows, weight, rstd.reshape(-1))
         return dx.view_as(x), dweight, None, None
 

@@ -148,7 +148,10 @@ def _by_segment(grad, hidden, gate, w_out, b_out, lengths) -> tuple[torch.Tensor
     wide = torch.float64 if w_out.dtype == torch.float64 else torch.float32
     sums = torch.stack([part.sum(1, dtype=wide) for part in grad.split(lengths, dim=1)], dim=1)  # [B, N, C]
     gates = gate.flatten(0, 1).to(wide).contiguous()  # rows of a table of six lie apart
-    dgate, dweight = torch.empty_like(gates), torch.empty(w_out.shape, dtype=wide, device=gates.device)
+    dgate, dweight = (
+        torch.empty(gates.shape, dtype=wide, device=gates.device),
+        torch.empty(w_out.shape, dtype=wide, device=gates.device),
+    )
     lengths *= grad.shape[0]  # of the segments of all samples, one after the other
     groups = [lengths[i : i + GROUP] for i in range(0, len(lengths), GROUP)]
     tensors = (grad.to(w_out.dtype), F.gelu(hidden, approximate="tanh"))
