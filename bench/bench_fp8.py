@@ -1,4 +1,4 @@
-"""What float8 costs in error and gains in time and memory: the cache, the linear layers, and both.
+"""What float8 costs in error and gains in time and memory: the cache, the linear layers, attention's scores, and all.
 
 Three kinds of rows:
 - `linear-*`: a linear layer at Wan 1.3B's sizes with the quantisation of its input, beside bfloat16.
@@ -35,7 +35,14 @@ from raven.testing import relative_rms
 from raven.worlds import Shapes
 
 FLOAT8 = torch.float8_e4m3fn
-OPTIONS = {"bfloat16": (False, False), "cache": (True, False), "linears": (False, True), "cache-linears": (True, True)}
+# Parts in float8: the cache's storage, the scores of the attention on it, the linear layers.
+OPTIONS = {
+    "bfloat16": (),
+    "cache": ("cache",),
+    "linears": ("linears",),
+    "cache-linears": ("cache", "linears"),
+    "cache-scores-linears": ("cache", "scores", "linears"),
+}
 LEVELS = sampling_levels(4).tolist()
 METRICS = ("quality", "semantic", "dynamic")
 # Most that float8 may do to a velocity (relative RMS): three mantissa bits, a hundred products deep.
@@ -100,14 +107,14 @@ def test_linear(bench, tokens, channels, outputs):
 # Whole models
 
 
-def teacher_forced(model, text, video, stored, chunk_frames=3, levels=LEVELS) -> Iterator[tuple[str, torch.Tensor]]:
+def teacher_forced(model, text, video, option, chunk_frames=3, levels=LEVELS) -> Iterator[tuple[str, torch.Tensor]]:
     """Velocities of every chunk at every level with the clean chunks before it as history; yields (name, velocity)."""
     batch, _, frames, height, width = video.shape
     tokens = chunk_frames * (height // model.config.patch_size[1]) * (width // model.config.patch_size[2])
     config = model.config
     cache = KVCache(
         config.num_layers, batch, config.num_heads, config.head_dim, tokens,
-        max_chunks=frames // chunk_frames, dtype=stored, device=DEVICE,
+        max_chunks=frames // chunk_frames, device=DEVICE, **cache_options(model, option),
     )  # fmt: skip
     noise = torch.randn(video.shape, generator=torch.Generator().manual_seed(5)).to(video)
     for chunk, frame in enumerate(range(0, frames, chunk_frames)):
@@ -122,11 +129,16 @@ def teacher_forced(model, text, video, stored, chunk_frames=3, levels=LEVELS) ->
             cache.commit()
 
 
-def variant(model: CausalWan, option: str) -> tuple[CausalWan, torch.dtype]:
-    """A copy of the float32 model as ``option`` says, and the dtype of its cache."""
-    in_cache, linears = OPTIONS[option]
+def variant(model: CausalWan, option: str) -> CausalWan:
+    """A bfloat16 copy of the float32 model, its linear layers as ``option`` says."""
     made = copy.deepcopy(model).to(torch.bfloat16)
-    return (quantize_linears(made) if linears else made), FLOAT8 if in_cache else torch.bfloat16
+    return quantize_linears(made) if "linears" in OPTIONS[option] else made
+
+
+def cache_options(model: CausalWan, option: str | None) -> dict[str, object]:
+    """Of ``KVCache``; ``None`` keeps the model's dtype."""
+    parts = OPTIONS.get(option, ())
+    return {"dtype": FLOAT8 if "cache" in parts else model.dtype, "float8_scores": "scores" in parts}
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -170,10 +182,9 @@ def demo_errors(option: str, videos: int) -> dict[str, float]:
     model, world = demo_model("start"), Shapes()
     batch = world.sample(videos, 12, seed=77, device=DEVICE)
     text = world.encode(batch.prompts, device=DEVICE)
-    exact = dict(teacher_forced(model, text, batch.video, torch.float32))
-    plain = dict(teacher_forced(variant(model, "bfloat16")[0], text, batch.video, torch.bfloat16))
-    changed, stored = variant(model, option)
-    got = dict(teacher_forced(changed, text, batch.video, stored))
+    exact = dict(teacher_forced(model, text, batch.video, None))
+    plain = dict(teacher_forced(variant(model, "bfloat16"), text, batch.video, None))
+    got = dict(teacher_forced(variant(model, option), text, batch.video, option))
     every = [torch.cat([run[name].flatten() for name in got]) for run in (got, exact, plain)]
     errors = {name: relative_rms(got[name], exact[name]) for name in got}
     return {
@@ -187,11 +198,13 @@ def demo_errors(option: str, videos: int) -> dict[str, float]:
 def demo_scores(option: str, prompts: int, seeds: int, frames: int = 24, steps: int = 16) -> dict[str, float]:
     """Mean scores, and the spread of the seeds' means, of streamed videos; same prompts and noise for every option."""
     world = Shapes()
-    model, stored = variant(demo_model("start"), option)
+    model = variant(demo_model("start"), option)
+    cache = cache_options(model, option)
+    stored = {"cache_dtype": cache["dtype"], "float8_scores": cache["float8_scores"]}
     chosen, means = world.prompts(prompts, seed=990_000), {metric: [] for metric in METRICS}
     for seed in range(1, seeds + 1):
         text = world.encode(chosen, device=DEVICE)
-        stream = Stream(model, text, (3, 32, 32), 3, max_frames=frames, cache_dtype=stored, graphs=False)
+        stream = Stream(model, text, (3, 32, 32), 3, max_frames=frames, graphs=False, **stored)
         noise = noise_generators(range(prompts), seed)
         chunks = stream.generate(frames, sampling_levels(steps, 3.0), generator=noise, sampler="ode")
         scores = world.score(torch.cat([chunk.float() for chunk in chunks], dim=2), chosen, 3)
@@ -202,14 +215,15 @@ def demo_scores(option: str, prompts: int, seeds: int, frames: int = 24, steps: 
 
 
 def measure_demo(bench, case, option, videos, prompts, seeds, **sampling):
-    model, stored = variant(demo_model("start"), option)
+    model = variant(demo_model("start"), option)
     world = Shapes()
     text = model.encode_text(world.encode(world.prompts(videos), device=DEVICE))
     x = torch.randn(videos, 3, 3, 32, 32, device=DEVICE)
     config = model.config
     cache = KVCache(
-        config.num_layers, videos, config.num_heads, config.head_dim, 192, max_chunks=1, dtype=stored, device=DEVICE
-    )
+        config.num_layers, videos, config.num_heads, config.head_dim, 192,
+        max_chunks=1, device=DEVICE, **cache_options(model, option),
+    )  # fmt: skip
 
     def check():
         errors = demo_errors(option, videos)
@@ -253,12 +267,12 @@ def wan_model() -> CausalWan:
 
 
 @torch.no_grad()
-def wan_run(model, stored, video, text) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def wan_run(model, option, video, text) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The velocity of the last chunk and the residual stream after every block."""
     blocks: list[torch.Tensor] = []
     hooks = [block.register_forward_hook(lambda _, __, out: blocks.append(out)) for block in model.blocks]
     try:
-        for _, velocity in teacher_forced(model, text, video, stored, levels=LEVELS[1:2]):
+        for _, velocity in teacher_forced(model, text, video, option, levels=LEVELS[1:2]):
             last = velocity, blocks[-len(hooks) :]
             blocks.clear()
     finally:
@@ -272,7 +286,7 @@ def wan_exact() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Te
     """Latents, prompt, and what float32 makes of them."""
     video = torch.randn(1, 16, 12, 60, 104, device=DEVICE)
     text = torch.randn(1, 512, 4096, device=DEVICE)
-    exact = wan_run(wan_model(), torch.float32, video, text)
+    exact = wan_run(wan_model(), None, video, text)
     return video, text, *exact
 
 
@@ -280,10 +294,10 @@ def wan_exact() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Te
 @pytest.mark.parametrize("option", OPTIONS)
 def test_wan_1_3b(automatic, option):
     video, text, exact, exact_blocks = wan_exact()
-    model, stored = variant(wan_model(), option)
+    model = variant(wan_model(), option)
     encoded = model.encode_text(text)
     config = model.config
-    cache = KVCache(config.num_layers, 1, 12, 128, 4680, max_chunks=4, dtype=stored, device=DEVICE)
+    cache = KVCache(config.num_layers, 1, 12, 128, 4680, max_chunks=4, device=DEVICE, **cache_options(model, option))
     chunk = video[:, :, :3].to(torch.bfloat16)
     with torch.no_grad():
         for i in range(3):
@@ -293,7 +307,7 @@ def test_wan_1_3b(automatic, option):
     by_block: list[float] = []
 
     def check():
-        velocity, blocks = wan_run(model, stored, video, encoded)
+        velocity, blocks = wan_run(model, option, video, encoded)
         by_block.extend(relative_rms(got, want) for got, want in zip(blocks, exact_blocks, strict=True))
         error = relative_rms(velocity, exact)
         assert error <= LIMIT, f"relative RMS error {error:.3f} of the velocity"
