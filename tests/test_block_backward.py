@@ -35,12 +35,13 @@ def test_gelu_backward(device, dtype, tokens, width):
 @pytest.mark.parametrize("device, dtype", LANES)
 @pytest.mark.parametrize("segments, rows, width", [(1, 3, 5), (5, 7, 1100), (8, 2, 640)])
 def test_weigh_products(device, dtype, segments, rows, width):
-    products, gate = torch.randn(segments, rows, width, device=device), torch.randn(segments, rows, device=device)
+    products = torch.randn(segments, rows, width, device=device)
+    gate = torch.randn(segments, 6, rows, device=device)[:, 5]  # a slice of a table
     weight = torch.randn(rows, width).to(device=device, dtype=dtype)
     wide = products.double()
     dots, sums = torch.einsum("sck,ck->sc", wide, weight.double()), torch.einsum("sck,sc->ck", wide, gate.double())
     for first in (True, False):
-        dgate = torch.full_like(gate, float("nan"))
+        dgate = torch.full(gate.shape, float("nan"), device=device)
         dweight = torch.full(weight.shape, float("nan") if first else 1.0, device=device)
         block_backward.weigh_products(products, weight, gate, dgate, dweight, first)
         assert relative_rms(dgate, dots) <= 2e-6

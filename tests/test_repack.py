@@ -202,6 +202,7 @@ def test_a_recomputation_without_the_output_of_the_mlp(sizes, dtype, tolerance, 
     x_t, x_0, t, context = tiny_inputs(6, torch.float64 if dtype == torch.float64 else torch.float32)
     x_t.requires_grad_()
     grads = []
+    monkeypatch.setattr(mlp, "GROUP", 2)
     for mode, segment in (("none", mlp.SEGMENT), ("full", 1)):
         monkeypatch.setattr(mlp, "SEGMENT", segment)
         model.gradient_checkpointing = mode

@@ -171,10 +171,10 @@ def _attend_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tens
     """Attention of every query ``[B, L, H, D]`` to every key ``[B, n, H, D]``, where L is large and n small.
 
     The backward pass shares its work out by keys, of which there are too few to fill a GPU. So a long row of queries is
-    cut into equal parts with copies of the keys, as a batch.
+    cut into equal parts with copies of the keys, as a batch; without gradients too, for the same bits.
     """
     batch, length = q.shape[:2]
-    parts = _parts(length) if torch.is_grad_enabled() else 1
+    parts = _parts(length)
     if parts > 1:
         q = q.unflatten(1, (parts, -1)).flatten(0, 1)
         k, v = (t.unsqueeze(1).expand(-1, parts, -1, -1, -1).flatten(0, 1) for t in (k, v))
@@ -184,8 +184,8 @@ def _attend_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tens
 
 
 def _parts(length: int) -> int:
-    """Into how many parts of at least 2048 queries a row is cut, at most 13; 1 where nothing divides it."""
-    return max(n for n in range(1, 14) if length % n == 0 and (n == 1 or length >= 2048 * n))
+    """Into how many parts of at least 4096 queries a row of 16384 or more is cut, at most 13; 1 if none divides it."""
+    return max(n for n in range(1, 14) if length % n == 0 and (n == 1 or length >= max(16384, 4096 * n)))
 
 
 def _product_dtype(x: torch.Tensor) -> torch.dtype:

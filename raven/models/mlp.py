@@ -22,9 +22,10 @@ GROUP = 7  # segments whose products live at once
 class Mlp(nn.Sequential):
     """Linear, tanh-GELU, linear: ``[B, L, dim]`` -> the same; parameters ``0`` and ``2`` as in ``nn.Sequential``.
 
-    Without gradients bias and GELU run in the first matrix product's epilogue on a GPU, in float32 before the hidden
-    layer is rounded; with them its input to the GELU is rounded and kept. Linear layers of another class (quantised
-    ones) are called as they are.
+    On a GPU bias and GELU of 16-bit layers run in the first matrix product's epilogue, in float32 before the hidden
+    layer is rounded. The backward pass then has no input of the GELU and computes it again, so that a forward pass
+    gives the same bits with and without gradients. Linear layers of another class (quantised ones) are called as they
+    are.
     """
 
     def __init__(self, dim: int, hidden: int) -> None:
@@ -46,15 +47,16 @@ class Mlp(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.is_plain:
             return super().forward(x)
-        first, _, last = self
+        fused = x.is_cuda and x.dtype in _HALF and x.dtype == self[0].weight.dtype and x.numel() > 0
+        fused = fused and not torch.is_autocast_enabled("cuda")
         if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in self.parameters())):
-            return _MlpFunction.apply(*self.tensors(x))
-        # On a CPU the activation of this call is another one, the exact GELU.
-        fused = x.is_cuda and x.dtype in _HALF and x.dtype == first.weight.dtype and x.numel()
-        if fused and not torch.is_autocast_enabled("cuda"):
-            hidden = torch._addmm_activation(first.bias, x.flatten(0, -2), first.weight.t(), use_gelu=True)
-            return last(hidden).unflatten(0, x.shape[:-1])
-        return super().forward(x)
+            return _MlpFunction.apply(*self.tensors(x), fused)
+        return self[2](_epilogue(x, self[0].weight, self[0].bias)) if fused else super().forward(x)
+
+
+def _epilogue(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """GELU (tanh form) of a linear layer in one call. Not on a CPU, where this call means the exact GELU."""
+    return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).unflatten(0, x.shape[:-1])
 
 
 def gated_mlp(
@@ -65,31 +67,42 @@ def gated_mlp(
     output: ``False`` when only the gradient of the result will be used, as in a recomputation. Its values are then
     undefined, and the last matrix product is left out where segments are long.
     """
-    if output or not isinstance(mlp, Mlp) or not mlp.is_plain or min(lengths) < SEGMENT:
+    if output or not isinstance(mlp, Mlp) or not mlp.is_plain:
         return gated_residual(x, mlp(y), gate, lengths)
+    if min(lengths) < SEGMENT:
+        return gated_residual(x, _MlpFunction.apply(*mlp.tensors(y), False), gate, lengths)
     return _GradientOnly.apply(x, gate, *mlp.tensors(y), tuple(lengths))
 
 
 class _MlpFunction(torch.autograd.Function):
-    """Keeps the hidden layer before the GELU and recomputes the one after it; two are alive at most."""
+    """Keeps the hidden layer before the GELU, or nothing of it where that is ``fused``; two are alive at most."""
 
     @staticmethod
     def forward(
-        ctx, x: torch.Tensor, w_in: torch.Tensor, b_in: torch.Tensor, w_out: torch.Tensor, b_out: torch.Tensor
+        ctx,
+        x: torch.Tensor,
+        w_in: torch.Tensor,
+        b_in: torch.Tensor,
+        w_out: torch.Tensor,
+        b_out: torch.Tensor,
+        fused: bool,
     ) -> torch.Tensor:
-        hidden = F.linear(x, w_in, b_in)
-        ctx.save_for_backward(x, hidden, w_in, w_out)
-        return F.linear(F.gelu(hidden, approximate="tanh"), w_out, b_out)
+        hidden = None if fused else F.linear(x, w_in, b_in)
+        ctx.save_for_backward(x, hidden, w_in, b_in, w_out)
+        active = _epilogue(x, w_in, b_in) if fused else F.gelu(hidden, approximate="tanh")
+        return F.linear(active, w_out, b_out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, hidden, w_in, w_out = ctx.saved_tensors
+        x, hidden, w_in, b_in, w_out = ctx.saved_tensors
+        if hidden is None:
+            hidden = F.linear(x, w_in, b_in)
         need = ctx.needs_input_grad
         rows = grad.flatten(0, -2)
         dw_out = rows.t() @ F.gelu(hidden, approximate="tanh").flatten(0, -2) if need[3] else None
         db_out = rows.sum(0) if need[4] else None
-        return *_first_layer(grad, x, hidden, w_in, w_out, need[:3]), dw_out, db_out
+        return *_first_layer(grad, x, hidden, w_in, w_out, need[:3]), dw_out, db_out, None
 
 
 def block_kernels(*tensors: torch.Tensor) -> ModuleType | None:
