@@ -7,11 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_wan import CONFIG, tiny_inputs, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from raven.cache import KVCache
 from raven.checkpoint import normalize_state_dict
 from raven.models import CausalWan, TextCache, WanConfig, layers
 from raven.models.mlp import Mlp
-from raven.repack import bidirectional_forward
+from raven.repack import bidirectional_forward, repacked_forward
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +231,31 @@ def test_time_embedding_is_the_sinusoid_of_a_thousand_levels():
     for row, level in zip(seen[0][0], (250.0, 938.0), strict=True):
         angle = level * 10000 ** (-i / 128)
         torch.testing.assert_close(row, torch.cat([angle.cos(), angle.sin()]), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_no_float64_in_a_forward(dtype):
+    """Not even for the few numbers of the time embedding, once its constants are there."""
+
+    class Seen(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.kinds = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            self.kinds.update(x.dtype for x in tree_leaves(result) if isinstance(x, torch.Tensor))
+            return result
+
+    model = tiny_model(dtype)
+    x_t, x_0, t, context = tiny_inputs(2)
+    cache = KVCache(CONFIG.num_layers, 2, CONFIG.num_heads, CONFIG.head_dim, 8, max_chunks=1, dtype=dtype)
+    for _ in range(2):  # what the first one sees includes the constants
+        with Seen() as seen:
+            repacked_forward(model, x_t, x_0, t, context, 1)
+            model(x_t, 0.5, context, cache=cache)
+    assert dtype in seen.kinds and torch.float64 not in seen.kinds
 
 
 def test_text_forms_agree():
