@@ -561,18 +561,26 @@ def test_gpu_nan_stays_in_its_token():
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [None, (300, 100)], ids=str)
 def test_gpu_in_a_graph(lengths):
-    """Captured once, replayed on other numbers."""
+    """Captured once, replayed on other numbers: forward and backward."""
     case, new = (Case(device="cuda", L=400, C=1536, dtype=torch.bfloat16, lengths=lengths) for _ in range(2))
-    expected = new()
-    case()  # compiles, and makes the list of blocks
+
+    def forward_and_backward(case):
+        gate, shift, scale = case.table.unbind(2)[2:5]
+        total, y, stats = _gated_residual_norm(case.x, case.branch, gate, shift, scale, lengths, 1e-6, torch.bfloat16)
+        kinds = (torch.bfloat16, torch.bfloat16)
+        return total, y, *_backward(total, y, total, stats, case.branch, gate, scale, lengths, *kinds, [True] * 5)
+
+    expected = forward_and_backward(new)
+    forward_and_backward(case)  # compiles, and makes the lists of segments and blocks
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = case()
+        results = forward_and_backward(case)
     for x, y in zip(case.leaves(), new.leaves(), strict=True):
         x.copy_(y)
-    graph.replay()
-    for got, want in zip(outputs, expected, strict=True):
-        assert torch.equal(got, want)
+    for _ in range(2):
+        graph.replay()
+        for got, want in zip(results, expected, strict=True):
+            assert torch.equal(got, want)
 
 
 @pytest.mark.gpu
