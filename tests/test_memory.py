@@ -6,9 +6,10 @@ import pytest
 import torch
 from tiny_wan import CONFIG, tiny_model
 
-from raven.memory import GIB, cache_slots, parameters, require, stream_memory
+from raven.memory import GIB, cache_slots, parameters, require, stream_memory, training_memory
 from raven.models import CausalWan, WanConfig
 from raven.models.fp8 import quantize_linears
+from raven.repack import repacked_forward
 from raven.stream import Stream
 
 
@@ -61,14 +62,44 @@ def test_too_little_memory_is_refused_with_what_would_help(capsys):
     assert "going on all the same" in capsys.readouterr().err
 
 
-def wide_model():
-    """Random weights at the size of Wan 1.3B, without making them in float32 first."""
+def wide_model(config):
+    """Random weights at the width of Wan 1.3B, without making them in float32 first."""
     with torch.device("meta"):
-        model = CausalWan(WanConfig.wan_1_3b()).to(torch.bfloat16)
+        model = CausalWan(config).to(torch.bfloat16)
     model = model.to_empty(device="cuda").eval().requires_grad_(False)
     for weight in model.parameters():
         weight.normal_(std=0.02)
     return model
+
+
+def test_the_memory_of_a_step_has_two_modes():
+    full, selective = (
+        training_memory(WanConfig.wan_1_3b(), latent_size=(60, 104), checkpointing=mode).total
+        for mode in ("full", "selective")
+    )
+    # A token of a layer: its attention's output in bfloat16, and a float32 number a head.
+    assert selective - full == 30 * 60_840 * (2 * 1536 + 4 * 12)
+    with pytest.raises(ValueError, match="checkpointing: got 'none'"):
+        training_memory(WanConfig.wan_1_3b(), latent_size=(60, 104), checkpointing="none")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_the_peak_of_a_repacked_step_is_the_estimate(checkpointing):
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    config = WanConfig(num_layers=4)
+    model = wide_model(config).requires_grad_(True)
+    model.gradient_checkpointing = checkpointing
+    x_t, x_0 = torch.randn(2, 1, 16, 12, 60, 104, device="cuda")
+    text = torch.randn(1, 20, config.text_dim, device="cuda", dtype=torch.bfloat16)
+    for _ in range(2):  # the second finds gradients to add to
+        torch.cuda.reset_peak_memory_stats()
+        repacked_forward(model, x_t, x_0, 0.5, text, (3,) * 4).float().square().mean().backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    estimate = training_memory(config, latent_size=(60, 104), chunk_frames=(3,) * 4, checkpointing=checkpointing)
+    assert abs(estimate.total - peak) < 0.1 * peak, f"{peak / GIB:.2f} GiB, estimated {estimate}"
 
 
 @pytest.mark.gpu
@@ -92,7 +123,7 @@ def test_the_peak_is_the_estimate(options):
     before = torch.cuda.memory_allocated()
     size, batch = options.get("latent_size", (60, 104)), options.get("batch", 1)
     estimate = stream_memory(WanConfig.wan_1_3b(), **{"latent_size": size, **options})
-    model = wide_model()
+    model = wide_model(WanConfig.wan_1_3b())
     if options.get("fp8_linears"):
         model = quantize_linears(model)
     own = {name: options[name] for name in ("sink", "window", "keys", "graphs") if name in options}

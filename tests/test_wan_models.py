@@ -123,7 +123,6 @@ def test_memory_at_wans_own_size(dtype, batch):
         own = wan_vae.WanVAE(diffusers.AutoencoderKLWan().to(dtype))
     own.vae.encoder = own.vae.quant_conv = None
     parts = own.to("meta").memory(batch, (60, 104))
-    assert parts.pop("VAE workspace") > 0  # of a library: known from a GPU only
     with Live() as live:
         for _ in range(2):
             own.decode(torch.empty(batch, 16, 2, 60, 104, device="meta"))

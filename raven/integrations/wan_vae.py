@@ -27,12 +27,13 @@ class ChannelNorm(nn.Module):
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.gamma = nn.Parameter(norm.gamma.detach().flatten(), requires_grad=False)
-        self.bias = norm.bias
+        self.bias = norm.bias if isinstance(norm.bias, nn.Parameter) else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.movedim(1, -1)
         # diffusers' floor for |x| is 1e-12: only a row of zeros feels either of them.
-        return F.rms_norm(rows, rows.shape[-1:], self.gamma, eps=1e-24).movedim(-1, 1) + self.bias
+        y = F.rms_norm(rows, rows.shape[-1:], self.gamma, eps=1e-24).movedim(-1, 1)
+        return y if self.bias is None else y + self.bias
 
 
 def with_channels_last(decoder: nn.Module) -> None:
@@ -112,9 +113,7 @@ class WanVAE:
         features = int(batch * 2 * frame * 12.3)
         # In the last norm, for the frames of one latent frame: the residual, the input, both in float32, the result.
         activations = 7 * self.temporal * frame
-        # cuDNN's workspace for the widest convolutions, as measured on an H200.
-        workspace = int(1.7 * self.temporal * frame)
-        return {"VAE": weights, "VAE features": features, "VAE decoding": activations, "VAE workspace": workspace}
+        return {"VAE": weights, "VAE features": features, "VAE decoding": activations}
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
