@@ -141,7 +141,7 @@ def _stream() -> list[Limit]:
 
 def _long() -> list[Limit]:
     """Late in a video against early in it."""
-    rules = ("self_forcing", "longlive", "longlive_inf", "reward_forcing")
+    rules = ("longlive", "longlive_inf", "reward_forcing")
     jobs = [("long", f"{rule}-10000", "forward") for rule in rules]
     growth = (("time_growth", "x", 1.10), ("memory_growth", "x", 1.01))
     return [Limit(*job, *limit) for job in jobs for limit in growth]
