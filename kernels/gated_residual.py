@@ -24,16 +24,24 @@ from raven.segments import segment_of_tokens
 CONFIGS = {
     "forward": {"elements": 24, "most": 48},
     "backward": {"elements": 24, "most": 24, "blocks": 528, "stages": 3, "bytes": 65536},
-    "sums": {"columns": 32, "rows": 256, "warps": 8},  # of shares: what a program adds up at once
+    "sums": {"columns": 16, "rows": 512, "warps": 8},  # of shares: what a program adds up at once, at most
 }
 
 MOST_IN_GRID = 65535  # programs along the second and third axis: CUDA C programming guide, "technical specifications"
 
 
 @triton.jit
+def channels(FIRST: tl.constexpr, SIZE: tl.constexpr):
+    """FIRST .. FIRST + SIZE, of which a thread takes four at a time, whatever the dtype: neighbours then read whole
+    lines of the float32 tables, which pass the first-level cache for each token, and no dtype needs another layout.
+    """
+    return FIRST + tl.max_contiguous(tl.arange(0, SIZE), 4)
+
+
+@triton.jit
 def load_part(ptr, C: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr, POLICY: tl.constexpr):
     """Channels FIRST .. FIRST + SIZE of a row in float32; those beyond C are zero."""
-    channel = FIRST + tl.arange(0, SIZE)
+    channel = channels(FIRST, SIZE)
     if FIRST + SIZE > C:
         values = tl.load(ptr + channel, mask=channel < C, other=0.0, eviction_policy=POLICY)
     else:
@@ -43,7 +51,7 @@ def load_part(ptr, C: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr, POL
 
 @triton.jit
 def store_part(ptr, values, C: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr):
-    channel = FIRST + tl.arange(0, SIZE)
+    channel = channels(FIRST, SIZE)
     if FIRST + SIZE > C:
         tl.store(ptr + channel, values.to(ptr.dtype.element_ty), mask=channel < C)
     else:
@@ -147,15 +155,15 @@ def _forward_kernel(
     if y_ptr is not None:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
+        # Before they are needed, behind the loads that come from further away.
+        scale_a, scale_b = load_row(scale_ptr + batch * scale_batch + segment * scale_segment, C, A, B, "evict_last")
+        shift_a, shift_b = load_row(shift_ptr + batch * shift_batch + segment * shift_segment, C, A, B, "evict_last")
         mean = tl.sum(folded(a, b, A, B)) / C
         a = without_padding(a - mean, C, 0, A)
         b = without_padding(b - mean, C, A, B) if B > 0 else a
         rstd = tl.rsqrt(tl.sum(folded(a * a, b * b, A, B)) / C + eps)
-        if stats_ptr is not None:
-            tl.store(stats_ptr + 2 * row, mean)
-            tl.store(stats_ptr + 2 * row + 1, rstd)
-        scale_a, scale_b = load_row(scale_ptr + batch * scale_batch + segment * scale_segment, C, A, B, "evict_last")
-        shift_a, shift_b = load_row(shift_ptr + batch * shift_batch + segment * shift_segment, C, A, B, "evict_last")
+        tl.store(stats_ptr + 2 * row, mean)
+        tl.store(stats_ptr + 2 * row + 1, rstd)
         a = a * scaled(scale_a, rstd, AFFINE) + shift_a.to(tl.float32)
         b = b * scaled(scale_b, rstd, AFFINE) + shift_b.to(tl.float32)
         store_row(y_ptr + row * C, a, b, C, A, B)
@@ -171,14 +179,14 @@ class Cut(NamedTuple):
 
 @lru_cache(maxsize=128)
 def cut(kind: str, channels: int) -> Cut:
-    """1,536 channels as 1,024 + 512 where every thread then has 16 bytes of both; else 2,048, the last masked."""
+    """1,536 channels as 1,024 + 512 where every thread then has four of both; else 2,048, the last masked."""
     config = CONFIGS[kind]
     warps = min(16, max(1, triton.next_power_of_2(triton.cdiv(channels, 32 * config["elements"]))))
     a = 1 << (channels.bit_length() - 1)
     b = triton.next_power_of_2(channels - a) if channels > a else 0
     if b == 0:
         return Cut(a, 0, warps)
-    fewer = min(warps, b // (32 * 8))
+    fewer = min(warps, b // (32 * 4))
     if b < a and fewer and channels <= 32 * fewer * config["most"]:
         return Cut(a, b, fewer)
     return Cut(2 * a, 0, warps)
@@ -200,17 +208,18 @@ def segments_of(*tables: Tensor | None) -> int:
 
 def forward(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-    lengths: Sequence[int] | None, eps: float, dtype: torch.dtype | None, statistics: bool,
+    lengths: Sequence[int] | None, eps: float, dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """``(x_new, y, statistics)`` as ``raven.ops.gated_residual`` defines them, each ``None`` where it is not asked for.
 
-    No branch: x is only normalised. No scale: no norm. ``lengths``: ``None`` for segments of one length.
+    No branch: x is only normalised. No scale: no norm. ``lengths``: ``None`` for segments of one length. Statistics are
+    written whether or not a backward will need them: one kernel for both gives both the same bits.
     """
     B, L, C = x.shape
     total, y, stats = (None if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)), None, None
     if scale is not None:
         y = torch.empty(x.shape, dtype=dtype, device=x.device)
-        stats = torch.empty((B, L, 2), dtype=torch.float32, device=x.device) if statistics else None
+        stats = torch.empty((B, L, 2), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return total, y, stats
     x, branch, gate, shift, scale = map(channel_rows, (x, branch, gate, shift, scale))

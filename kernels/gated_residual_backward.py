@@ -237,10 +237,11 @@ def _launch(grad_total, grad_y, total, stats, branch, gate, scale, lengths, out)
         )  # fmt: skip
         if any(share is not None for share in shares):
             sums = CONFIGS["sums"]
-            rows = 1 if affine and out[2] is None else B * segments
-            _sums_kernel[(rows, triton.cdiv(C, sums["columns"]), 3)](
+            places = 1 if affine and out[2] is None else B * segments
+            rows = min(sums["rows"], triton.next_power_of_2(blocks.total if affine else blocks.longest))
+            _sums_kernel[(places, triton.cdiv(C, sums["columns"]), 3)](
                 *shares, *out[2:], blocks.starts, segments, blocks.count, blocks.total,
-                C, affine, sums["columns"], sums["rows"], num_warps=sums["warps"],
+                C, affine, sums["columns"], rows, num_warps=sums["warps"],
             )  # fmt: skip
 
 

@@ -17,7 +17,6 @@ def forward(
     lengths: Sequence[int] | None,
     eps: float,
     dtype: torch.dtype,
-    statistics: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """``(y, statistics)``, the latter ``None`` where they are not asked for."""
-    return kernels.forward(x, None, None, shift, scale, lengths, eps, dtype, statistics)[1:]
+) -> tuple[Tensor, Tensor]:
+    """``(y, statistics)``; arguments as in ``raven.ops.modulate``."""
+    return kernels.forward(x, None, None, shift, scale, lengths, eps, dtype)[1:]

@@ -32,7 +32,7 @@ class Blocks(NamedTuple):
     """How the tokens of every batch entry are cut into blocks of at most ``rows`` that lie in one segment.
 
     count: blocks of a segment where all have one length, else of a batch entry.
-    total: blocks in all.
+    total: blocks in all; longest: of the longest segment.
     items: (segment, first token, tokens) of each block of a batch entry, int32 ``[count, 3]``; starts: the number of
         the first block of each segment and the count, int32 ``[N + 1]``. ``None`` for segments of one length.
     """
@@ -40,6 +40,7 @@ class Blocks(NamedTuple):
     rows: int
     count: int
     total: int
+    longest: int
     items: Tensor | None
     starts: Tensor | None
 
@@ -52,10 +53,10 @@ def cut_into_blocks(
         length = tokens // segments
         rows = _rows(batch * segments, (length,), blocks)
         count = -(-length // rows)
-        return Blocks(rows, count, batch * segments * count, None, None)
+        return Blocks(rows, count, batch * segments * count, count, None, None)
     rows = _rows(batch, tuple(lengths), blocks)
     items, starts = held_by_graphs(_ragged(tuple(lengths), rows, device))
-    return Blocks(rows, len(items), batch * len(items), items, starts)
+    return Blocks(rows, len(items), batch * len(items), -(-max(lengths) // rows), items, starts)
 
 
 @lru_cache(maxsize=256)

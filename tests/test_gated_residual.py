@@ -370,13 +370,13 @@ def test_blocks_cover_every_token_once(lengths, most):
     assert all(0 < count <= blocks.rows for count in blocks.items[:, 2].tolist())
     for i in range(len(lengths)):
         assert (blocks.items[blocks.starts[i] : blocks.starts[i + 1], 0] == i).all()
-    assert blocks.total == 2 * len(blocks.items)
+    assert blocks.total == 2 * len(blocks.items) and blocks.longest == blocks.starts.diff().max()
     assert blocks.total <= most or blocks.rows == max(lengths)
     # One row less a block would make too many blocks.
     assert blocks.rows == 1 or 2 * sum(-(-n // (blocks.rows - 1)) for n in lengths) > most
     if len(set(lengths)) == 1:
         equal = segments.cut_into_blocks(2, tokens, len(lengths), None, device, most)
-        assert equal[:3] == (blocks.rows, blocks.count // len(lengths), blocks.total)
+        assert equal[:4] == (blocks.rows, blocks.count // len(lengths), blocks.total, blocks.longest)
 
 
 # Triton in its interpreter

@@ -83,7 +83,7 @@ def gated_residual(
         return (_run if plain else _gated_residual)(x, branch, gate, lengths)
     norm = (shift, scale, lengths, float(eps), dtype or x.dtype)
     if plain:
-        return _run_with_norm(x, branch, gate, *norm, False)[:2]
+        return _run_with_norm(x, branch, gate, *norm)[:2]
     return _gated_residual_norm(x, branch, gate, *norm)[:2]
 
 
@@ -144,16 +144,16 @@ def _run(
         return reference.gated_sum(x, branch, gate, lengths)
     from raven.kernels import gated_residual as kernels
 
-    return kernels.forward(x, branch, gate, None, None, lengths, 0.0, None, False)[0]
+    return kernels.forward(x, branch, gate, None, None, lengths, 0.0, None)[0]
 
 
-def _run_with_norm(x, branch, gate, shift, scale, lengths, eps, dtype, statistics=True):
-    """``(x_new, y, statistics)``; kernels leave the last out where it is not wanted."""
+def _run_with_norm(x, branch, gate, shift, scale, lengths, eps, dtype):
+    """``(x_new, y, statistics)``."""
     if backends.select("gated_residual", x, branch, gate, shift, scale) == "reference":
         return reference.gated_residual(x, branch, gate, shift, scale, lengths, eps, dtype)
     from raven.kernels import gated_residual as kernels
 
-    return kernels.forward(x, branch, gate, shift, scale, lengths, eps, dtype, statistics)
+    return kernels.forward(x, branch, gate, shift, scale, lengths, eps, dtype)
 
 
 @torch.library.custom_op("raven::gated_residual", mutates_args=())

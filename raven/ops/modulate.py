@@ -55,17 +55,17 @@ def modulate(
     tensors = (x, shift, scale)
     norm = (lengths, float(eps), dtype or x.dtype)
     if direct(*tensors) and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-        return _run(*tensors, *norm, False)[0]
+        return _run(*tensors, *norm)[0]
     return _modulate(*tensors, *norm)[0]
 
 
-def _run(x, shift, scale, lengths, eps, dtype, statistics=True):
-    """``(y, statistics)``; kernels leave the latter out where it is not wanted."""
+def _run(x, shift, scale, lengths, eps, dtype):
+    """``(y, statistics)``."""
     if backends.select("modulate", x, shift, scale) == "reference":
         return reference.modulate(x, shift, scale, lengths, eps, dtype)
     from raven.kernels.modulate import forward
 
-    return forward(x, shift, scale, lengths, eps, dtype, statistics)
+    return forward(x, shift, scale, lengths, eps, dtype)
 
 
 @torch.library.custom_op("raven::modulate", mutates_args=())
