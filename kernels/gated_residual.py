@@ -27,6 +27,9 @@ CONFIGS = {
     "sums": {"columns": 16, "rows": 512, "warps": 8},  # of shares: what a program adds up at once, at most
 }
 
+# Multiplications and additions are joined where the kernel says so, not where the compiler finds it convenient: a token
+# has the same bits with and without a gate before the norm, with segments of one length and of several.
+ARITHMETIC = {"enable_fp_fusion": False}
 MOST_IN_GRID = 65535  # programs along the second and third axis: CUDA C programming guide, "technical specifications"
 
 
@@ -79,9 +82,11 @@ def store_row(ptr, a, b, C: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
 @triton.jit
 def scaled(scale, by, AFFINE: tl.constexpr):
     """``by`` times what a normalised row is multiplied by, float32."""
-    scale = scale.to(tl.float32) * by
-    if not AFFINE:
-        scale += by
+    scale = scale.to(tl.float32)
+    if AFFINE:
+        scale *= by
+    else:
+        scale = tl.fma(scale, by, tl.zeros_like(scale) + by)
     return scale
 
 
@@ -145,12 +150,17 @@ def _forward_kernel(
         added_a, added_b = load_row(branch, C, A, B, "evict_first")
         added_a = added_a.to(tl.float32)
         added_b = added_b.to(tl.float32)
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
         if gate_ptr is not None:
             gate_a, gate_b = load_row(gate_ptr + batch * gate_batch + segment * gate_segment, C, A, B, "evict_last")
-            added_a *= gate_a.to(tl.float32)
-            added_b *= gate_b.to(tl.float32)
-        a = rounded(a.to(tl.float32) + added_a, total_ptr)
-        b = rounded(b.to(tl.float32) + added_b, total_ptr)
+            a = tl.fma(added_a, gate_a.to(tl.float32), a)
+            b = tl.fma(added_b, gate_b.to(tl.float32), b)
+        else:
+            a += added_a
+            b += added_b
+        a = rounded(a, total_ptr)
+        b = rounded(b, total_ptr)
         store_row(total_ptr + row * C, a, b, C, A, B)
     if y_ptr is not None:
         a = a.to(tl.float32)
@@ -164,8 +174,8 @@ def _forward_kernel(
         rstd = tl.rsqrt(tl.sum(folded(a * a, b * b, A, B)) / C + eps)
         tl.store(stats_ptr + 2 * row, mean)
         tl.store(stats_ptr + 2 * row + 1, rstd)
-        a = a * scaled(scale_a, rstd, AFFINE) + shift_a.to(tl.float32)
-        b = b * scaled(scale_b, rstd, AFFINE) + shift_b.to(tl.float32)
+        a = tl.fma(a, scaled(scale_a, rstd, AFFINE), shift_a.to(tl.float32))
+        b = tl.fma(b, scaled(scale_b, rstd, AFFINE), shift_b.to(tl.float32))
         store_row(y_ptr + row * C, a, b, C, A, B)
 
 
@@ -233,7 +243,7 @@ def forward(
             x, branch, gate, shift, scale, total, y, stats, segment_of_tokens(lengths, x.device),
             L, L // segments,
             *strides(x), *strides(branch), *strides(gate), *strides(shift), *strides(scale), eps,
-            C, a, b, affine, num_warps=warps,
+            C, a, b, affine, num_warps=warps, **ARITHMETIC,
         )  # fmt: skip
     return total, y, stats
 
@@ -268,4 +278,4 @@ def aot_cases() -> Iterator[tuple]:
         pointers = {"x_ptr": dtype, "branch_ptr": branch, "total_ptr": branch and dtype, "gate_ptr": gated and table}
         pointers |= dict.fromkeys(("shift_ptr", "scale_ptr"), norm and table) | {"y_ptr": norm and dtype}
         pointers |= {"stats_ptr": norm and "fp32", "segment_ptr": ragged and "i32"}
-        yield aot_case(_forward_kernel, "forward", channels, pointers, numbers, {"AFFINE": affine})
+        yield aot_case(_forward_kernel, "forward", channels, pointers, numbers, {"AFFINE": affine}, **ARITHMETIC)

@@ -546,6 +546,24 @@ def test_gpu_alone_as_in_batch():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gpu_every_path_has_the_same_bits(dtype):
+    """With a gradient to come or not, segments of one length or of several, the norm in the same pass or behind it."""
+    case = Case(device="cuda", L=800, C=1536, dtype=dtype)
+    x_new, y = case()
+    for got, want in zip(case.requiring_gradients()(), (x_new, y), strict=True):
+        assert_bitwise(got, want)
+    rows = case.table.unbind(2)
+    assert_bitwise(modulate(x_new, rows[3], rows[4]), y)
+    case.lengths = (399, 401)
+    for got, want in zip(case(), (x_new, y), strict=True):
+        assert_bitwise(got[:, :399], want[:, :399])
+        assert_bitwise(got[:, 400:], want[:, 400:])
+    ones = torch.ones_like(rows[2])
+    assert_bitwise(gated_residual(case.x, case.branch), gated_residual(case.x, case.branch, ones))
+
+
+@pytest.mark.gpu
 def test_gpu_nan_stays_in_its_token():
     case = Case(device="cuda", L=50, C=1536, dtype=torch.bfloat16)
     clean = case()
