@@ -6,9 +6,6 @@ through the tensor cores while those of the tile before weigh its values. Full t
 tail the columns beyond its length score -inf, and the values behind it, which belong to somebody else and may be NaN,
 are set to 0 in shared memory, because 0 * NaN is NaN.
 
-Queries and keys may be float8 with a scale for each head of a token, as a cache stores keys: their product then takes
-half the time, and the scores are multiplied by the scales of their keys before anything else. Values are not.
-
 The language moves between releases of Triton: `raven.ops._chunk_attention_gluon.reason` says whether this one has it.
 """
 
@@ -40,30 +37,29 @@ _load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_gl
 
 
 @gluon.jit
-def _fetch(X, ring, full, empty, j, b, start, h, BYTES: gl.constexpr):
+def _fetch(X, ring, full, empty, j, b, start, h, ROWS: gl.constexpr, D: gl.constexpr):
     slot = j % STAGES
     mbarrier.wait(empty.index(slot), (j // STAGES & 1) ^ 1)
-    mbarrier.expect(full.index(slot), BYTES)
+    mbarrier.expect(full.index(slot), ROWS * D * 2)
     _load_tile(X, [b, start, h, 0], full.index(slot), ring.index(slot))
 
 
 @gluon.jit
-def _producer(Q, K, V, queries, keys, values, q_full, k_full, k_empty, v_full, v_empty, work, steps,
-              GROUP: gl.constexpr, BLOCK_K: gl.constexpr, D: gl.constexpr, FLOAT8: gl.constexpr):  # fmt: skip
-    SIZE: gl.constexpr = 1 if FLOAT8 else 2
+def _producer(Q, K, V, queries, keys, values, q_full, k_full, k_empty, v_full, v_empty,
+              work, steps, GROUP: gl.constexpr, BLOCK_K: gl.constexpr, D: gl.constexpr):  # fmt: skip
     item, b = work + FIELDS * gl.program_id(0), gl.program_id(1)
     q_start, h, first = gl.load(item), gl.load(item + 2), gl.load(item + 3)
     n = gl.load(item + 4) + gl.load(item + 5)
     h_k = h // GROUP
     if n > 0:
-        mbarrier.expect(q_full, 2 * 64 * D * SIZE)
+        mbarrier.expect(q_full, 2 * 64 * D * 2)
         _load_tile(Q, [b, q_start, h, 0], q_full, queries.index(0))
         _load_tile(Q, [b, q_start + 64, h, 0], q_full, queries.index(1))
     start = gl.load(steps + 2 * first)
     for j in range(n):
         following = gl.load(steps + 2 * (first + j + 1))  # one ahead, so that no address waits for a load
-        _fetch(K, keys, k_full, k_empty, j, b, start, h_k, BLOCK_K * D * SIZE)
-        _fetch(V, values, v_full, v_empty, j, b, start, h_k, BLOCK_K * D * 2)
+        _fetch(K, keys, k_full, k_empty, j, b, start, h_k, BLOCK_K, D)
+        _fetch(V, values, v_full, v_empty, j, b, start, h_k, BLOCK_K, D)
         start = following
 
 
@@ -95,38 +91,21 @@ def _scores(q, keys, k_full, j, ROWS: gl.constexpr, SCORES: gl.constexpr):
 
 
 @gluon.jit
-def _key_scales(scales, stride, start, length, FULL: gl.constexpr, ROWS: gl.constexpr, SCORES: gl.constexpr):
-    """What the scores of a tile of float8 keys are multiplied by, one number a column."""
-    column = gl.arange(0, ROWS, layout=gl.SliceLayout(0, SCORES))
-    if FULL:
-        numbers = gl.load(scales + (start + column) * stride)
-    else:
-        numbers = gl.load(scales + (start + column) * stride, mask=column < length, other=0.0)
-    return numbers
-
-
-@gluon.jit
-def _softmax(s, m, total, scale_log2, dtype: gl.constexpr, WEIGHTS: gl.constexpr, FLOAT8: gl.constexpr):
+def _softmax(s, m, total, scale_log2, dtype: gl.constexpr, WEIGHTS: gl.constexpr):
     m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
     shift = gl.where(m_new == float("-inf"), 0.0, m_new)  # no weight yet, instead of exp2(-inf - -inf)
-    if FLOAT8:
-        p = gl.exp2(s * scale_log2[:, None] - shift[:, None])
-    else:
-        p = gl.exp2(s * scale_log2 - shift[:, None])
+    p = gl.exp2(s * scale_log2 - shift[:, None])
     correction = gl.exp2(m - shift)
     total = total * correction + gl.sum(p, 1)
     return gl.convert_layout(p.to(dtype), WEIGHTS), m_new, total, correction
 
 
 @gluon.jit
-def _step(acc, p, m, total, q, keys, values, k_full, k_empty, v_full, v_empty, cleared, clearings, side, j, scales,
-          scales_stride, start, length_before, length, scale_log2, FULL: gl.constexpr, ROWS: gl.constexpr,
-          D: gl.constexpr, SCORES: gl.constexpr, OUTPUT: gl.constexpr, WEIGHTS: gl.constexpr):  # fmt: skip
+def _step(acc, p, m, total, q, keys, values, k_full, k_empty, v_full, v_empty, cleared, clearings, side, j,
+          length_before, length, scale_log2, FULL: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr,
+          SCORES: gl.constexpr, OUTPUT: gl.constexpr, WEIGHTS: gl.constexpr):  # fmt: skip
     """Scores of tile ``j``, and the output of tile ``j - 1``, whose weights are ``p``."""
-    FLOAT8: gl.constexpr = scales is not None
     s = _scores(q, keys, k_full, j, ROWS, SCORES)
-    if FLOAT8:  # on their way while the scores are made
-        key_scales = _key_scales(scales, scales_stride, start, length, FULL, ROWS, SCORES)
     before = (j - 1) % STAGES
     mbarrier.wait(v_full.index(before), (j - 1) // STAGES & 1)
     if not FULL:
@@ -136,12 +115,10 @@ def _step(acc, p, m, total, q, keys, values, k_full, k_empty, v_full, v_empty, c
     acc = warpgroup_mma(p, values.index(before), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(k_empty.index(j % STAGES))
-    if FLOAT8:
-        s = s * key_scales[None, :]
     if not FULL:
         column = gl.arange(0, ROWS, layout=gl.SliceLayout(0, SCORES))
         s = gl.where((column < length)[None, :], s, float("-inf"))
-    p_new, m, total, correction = _softmax(s, m, total, scale_log2, p.dtype, WEIGHTS, FLOAT8)
+    p_new, m, total, correction = _softmax(s, m, total, scale_log2, p.dtype, WEIGHTS)
     total = gl.inline_asm_elementwise(STAY, "=f,f", [total], dtype=gl.float32, is_pure=False, pack=1)
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
     mbarrier.arrive(v_empty.index(before))
@@ -153,7 +130,7 @@ def _step(acc, p, m, total, q, keys, values, k_full, k_empty, v_full, v_empty, c
 def _store_rows(q, acc, lse, Out, Lse, start, left, b, h, L, H, D: gl.constexpr, SCORES: gl.constexpr):
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     gl.store(Lse + (b.to(gl.int64) * H + h) * L + start + row, lse, mask=row < left)
-    q.store(acc.to(q.dtype))  # by way of shared memory, so that rows leave in one piece
+    q.store(acc.to(q.dtype))  # by way of the queries' shared memory, so that rows leave in one piece
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     col = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
@@ -170,28 +147,17 @@ def _store_part(acc, lse, Parts, PartsLse, start, D: gl.constexpr, SCORES: gl.co
 
 
 @gluon.jit
-def _consumer(queries, keys, values, staging, q_full, k_full, k_empty, v_full, v_empty, cleared, Out, Lse, Parts,
-              PartsLse, QScale, KScale, work, steps, slots, L, S, H, scale, side, GROUP: gl.constexpr,
-              ROWS: gl.constexpr, D: gl.constexpr):  # fmt: skip
+def _consumer(queries, keys, values, q_full, k_full, k_empty, v_full, v_empty, cleared, Out, Lse, Parts, PartsLse,
+              work, steps, slots, L, H, scale, side, ROWS: gl.constexpr, D: gl.constexpr):  # fmt: skip
     item = work + FIELDS * gl.program_id(0)
     first, n_full = gl.load(item + 3), gl.load(item + 4)
     n = n_full + gl.load(item + 5)
     scale_log2 = scale * LOG2E
-    FLOAT8: gl.constexpr = QScale is not None
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 32 if FLOAT8 else 16])
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     dtype: gl.constexpr = Out.dtype.element_ty
     q = queries.index(side)
-    if FLOAT8:  # scales are [B, L, H] and [B, S, Hk]; those of the queries join the factor of all scores
-        b, h, heads = gl.program_id(1).to(gl.int64), gl.load(item + 2), H // GROUP
-        row = side * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
-        at = QScale + (b * L + gl.load(item) + row) * H + h
-        scale_log2 *= gl.load(at, mask=row < gl.load(item + 1), other=0.0)
-        scales = KScale + b * S * heads + h // GROUP
-    else:
-        heads = 0
-        scales = None
     m = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     total = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))
     acc = gl.zeros([64, D], gl.float32, OUTPUT)
@@ -202,24 +168,18 @@ def _consumer(queries, keys, values, staging, q_full, k_full, k_empty, v_full, v
         s = warpgroup_mma_wait(0, deps=[_scores(q, keys, k_full, 0, ROWS, SCORES)])
         mbarrier.arrive(k_empty.index(0))
         column = gl.arange(0, ROWS, layout=gl.SliceLayout(0, SCORES))
-        if FLOAT8:
-            s = s * _key_scales(scales, heads, gl.load(steps + 2 * first), length, False, ROWS, SCORES)[None, :]
         s = gl.where((column < length)[None, :], s, float("-inf"))
-        p, m, total, _ = _softmax(s, m, total, scale_log2, dtype, WEIGHTS, FLOAT8)
-        start = gl.load(steps + 2 * (first + 1)) if FLOAT8 else 0
+        p, m, total, _ = _softmax(s, m, total, scale_log2, dtype, WEIGHTS)
         for j in range(1, n_full):
-            next_start = gl.load(steps + 2 * (first + j + 1)) if FLOAT8 else 0  # one ahead, as for the producer
             acc, p, m, total, clearings = _step(
                 acc, p, m, total, q, keys, values, k_full, k_empty, v_full, v_empty, cleared, clearings, side, j,
-                scales, heads, start, ROWS, ROWS, scale_log2, True, ROWS, D, SCORES, OUTPUT, WEIGHTS,
+                ROWS, ROWS, scale_log2, True, ROWS, D, SCORES, OUTPUT, WEIGHTS,
             )  # fmt: skip
-            start = next_start
         for j in range(gl.maximum(n_full, 1), n):
-            start = gl.load(steps + 2 * (first + j)) if FLOAT8 else 0
             following = gl.load(steps + 2 * (first + j) + 1)
             acc, p, m, total, clearings = _step(
                 acc, p, m, total, q, keys, values, k_full, k_empty, v_full, v_empty, cleared, clearings, side, j,
-                scales, heads, start, length, following, scale_log2, False, ROWS, D, SCORES, OUTPUT, WEIGHTS,
+                length, following, scale_log2, False, ROWS, D, SCORES, OUTPUT, WEIGHTS,
             )  # fmt: skip
             length = following
         last = (n - 1) % STAGES
@@ -235,29 +195,20 @@ def _consumer(queries, keys, values, staging, q_full, k_full, k_empty, v_full, v
     item, b = work + FIELDS * gl.program_id(0), gl.program_id(1)
     q_start, q_length, h, slot = gl.load(item), gl.load(item + 1), gl.load(item + 2), gl.load(item + 6)
     if slot < 0:
-        _store_rows(
-            staging.index(side), acc, lse, Out, Lse, q_start + side * 64, q_length - side * 64, b, h, L, H, D, SCORES
-        )
+        _store_rows(q, acc, lse, Out, Lse, q_start + side * 64, q_length - side * 64, b, h, L, H, D, SCORES)
     else:
         _store_part(acc, lse, Parts, PartsLse, (b.to(gl.int64) * slots + slot) * 128 + side * 64, D, SCORES, OUTPUT)
 
 
-@gluon.jit(do_not_specialize=["L", "S", "slots"])
-def _forward(Q, K, V, Out, Lse, Parts, PartsLse, QScale, KScale, work, steps, scale, slots, L, S, H,
-             GROUP: gl.constexpr, BLOCK_K: gl.constexpr, D: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+@gluon.jit(do_not_specialize=["L", "slots"])
+def _forward(Q, K, V, Out, Lse, Parts, PartsLse, work, steps, scale, slots, L, H,
+             GROUP: gl.constexpr, BLOCK_K: gl.constexpr, D: gl.constexpr):  # fmt: skip
     dtype: gl.constexpr = Out.dtype.element_ty
-    FLOAT8: gl.constexpr = QScale is not None
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    queries = gl.allocate_shared_memory(dtype, [2, 64, D], swizzled)
+    keys = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, D], swizzled)
     values = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, D], swizzled)
-    staging = gl.allocate_shared_memory(dtype, [2, 64, D], swizzled)
-    if FLOAT8:
-        narrow: gl.constexpr = gl.NVMMASharedLayout(D, 8, 2)
-        queries = gl.allocate_shared_memory(gl.float8e4nv, [2, 64, D], narrow)
-        keys = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK_K, D], narrow)
-    else:
-        queries = staging  # nothing is read from them when results are stored
-        keys = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, D], swizzled)
     q_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
     cleared = gl.allocate_shared_memory(gl.int64, [1], barrier)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
@@ -273,45 +224,35 @@ def _forward(Q, K, V, Out, Lse, Parts, PartsLse, QScale, KScale, work, steps, sc
         mbarrier.init(v_empty.index(i), 2)
     gl.warp_specialize(
         [
-            (_consumer, (queries, keys, values, staging, q_full, k_full, k_empty, v_full, v_empty, cleared, Out, Lse,
-                         Parts, PartsLse, QScale, KScale, work, steps, slots, L, S, H, scale, 0, GROUP, BLOCK_K,
-                         D)),
-            (_consumer, (queries, keys, values, staging, q_full, k_full, k_empty, v_full, v_empty, cleared, Out, Lse,
-                         Parts, PartsLse, QScale, KScale, work, steps, slots, L, S, H, scale, 1, GROUP, BLOCK_K,
-                         D)),
+            (_consumer, (queries, keys, values, q_full, k_full, k_empty, v_full, v_empty, cleared, Out, Lse, Parts,
+                         PartsLse, work, steps, slots, L, H, scale, 0, BLOCK_K, D)),
+            (_consumer, (queries, keys, values, q_full, k_full, k_empty, v_full, v_empty, cleared, Out, Lse, Parts,
+                         PartsLse, work, steps, slots, L, H, scale, 1, BLOCK_K, D)),
             (_producer, (Q, K, V, queries, keys, values, q_full, k_full, k_empty, v_full, v_empty, work, steps,
-                         GROUP, BLOCK_K, D, FLOAT8)),
+                         GROUP, BLOCK_K, D)),
         ],
         [4, 1],
-        [REGISTERS, 24],
+        [232, 24],
     )  # fmt: skip
 
 
 def _tiles_of(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    size, D = x.element_size(), x.shape[-1]
-    strides = [stride if n > 1 else 16 // size for n, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    layout = gl.NVMMASharedLayout(min(128, D * size), 8 * size, 4)
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, 1, D], layout)
+    strides = [stride if size > 1 else 8 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    block = [1, rows, 1, x.shape[-1]]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, gl.NVMMASharedLayout(128, 16, 4))
 
 
-def registers(float8: bool) -> int:
-    """Of a consumer's thread; the producer's 24 leave 240 at most, which the scales of a tile's keys take up."""
-    return 240 if float8 else 232
-
-
-def forward(q, k, v, out, lse, parts, parts_lse, work, steps, scale: float, q_scale=None, k_scale=None) -> None:
+def forward(q, k, v, out, lse, parts, parts_lse, work, steps, scale: float) -> None:
     """Fill out and lse, or parts of them, for every row of ``work``.
 
     Args:
         q, k, v: ``[B, Lq, H, D]`` and ``[B, Lk, Hkv, D]`` as the copy engine can fetch them, bfloat16 or float16.
         out, lse: ``[B, Lq, H, D]`` and ``[B, H, Lq]`` float32, contiguous.
         parts, parts_lse: ``[B, slots, 128, D]`` and ``[B, slots, 128]`` float32, where parts of split tiles go.
-        q_scale, k_scale: ``[B, Lq, H]`` and ``[B, Lk, Hkv]`` float32, packed, of q and k in float8 e4m3; v is not.
         work: int32 ``[n, 8]``, see FIELDS; steps: int32 ``[m + 1, 2]`` of (first key, keys), full tiles before tails.
     """
     B, L, H, D = q.shape
     _forward[len(work), B](
-        _tiles_of(q, 64), _tiles_of(k, BLOCK_K), _tiles_of(v, BLOCK_K), out, lse, parts, parts_lse, q_scale, k_scale,
-        work, steps, scale, parts.shape[1], L, k.shape[1], H, GROUP=H // k.shape[2], BLOCK_K=BLOCK_K, D=D,
-        REGISTERS=registers(q_scale is not None), num_warps=4,
+        _tiles_of(q, 64), _tiles_of(k, BLOCK_K), _tiles_of(v, BLOCK_K), out, lse, parts, parts_lse, work, steps, scale,
+        parts.shape[1], L, H, GROUP=H // k.shape[2], BLOCK_K=BLOCK_K, D=D, num_warps=4,
     )  # fmt: skip

@@ -47,8 +47,7 @@ class KVCache:
 
     dtype ``torch.float8_e4m3fn`` stores each head of a token with a scale of its own, amax / 448, in ``k_scale[layer]``
     and ``v_scale[layer]``: [B, S, H] float32, ``None`` for other dtypes. ``kv_append`` writes them, ``read`` applies
-    them. float8_scores, with rotated keys of float8: ``read`` leaves the keys as they are, for
-    ``raven.ops.chunk_attention_float8``.
+    them.
 
     keys: "rotated", stored at their chunk's own frames, or "raw", stored without rotation and rotated by ``read``: the
     frames that a chunk sees count 0, 1, 2, ... from the oldest on, and its own follow, so that no position exceeds what
@@ -78,13 +77,7 @@ class KVCache:
         keys: str = "rotated",
         ema: float | None = None,
         grid: Sequence[int] | None = None,
-        float8_scores: bool = False,
     ) -> None:
-        if float8_scores and (dtype != torch.float8_e4m3fn or keys != "rotated"):
-            raise ValueError(
-                f"float8_scores: got True with dtype {dtype} and {keys} keys, expected rotated float8 ones"
-            )
-        self.float8_scores = float8_scores
         self.chunk_tokens = check_int("chunk_tokens", chunk_tokens, 1)
         self.sink = check_int("sink", sink, 0)
         self.window = None if window is None else check_int("window", window, 0)
@@ -250,7 +243,7 @@ class KVCache:
 
         The buffers themselves, without a copy, when they have that dtype, else casts of them. The rows of ``spans`` are
         computed into ``scratch`` where more is to do, and the next layer's overwrite them there: float8 is scaled
-        back (with ``float8_scores`` the values alone), raw keys are rotated.
+        back, raw keys are rotated.
         """
         if self.keys == "rotated" and self.k_scale[layer] is None:
             return self.k[layer].to(dtype), self.v[layer].to(dtype)
@@ -258,9 +251,7 @@ class KVCache:
         result = []
         for name, x, scale in (("k", self.k[layer], self.k_scale[layer]), ("v", self.v[layer], self.v_scale[layer])):
             positions = table.positions if name == "k" else None
-            if name == "k" and self.float8_scores:
-                result.append(x)
-            elif scale is None and positions is None:
+            if scale is None and positions is None:
                 result.append(x.to(dtype))
             else:
                 result.append(self.scratch(name, dtype))

@@ -30,10 +30,9 @@ class Stream:
 
     merge: the pass that encodes a finished chunk and the first one of the next chunk run as one forward, where the
     cache allows it; the values are those of two. graphs: replay each chunk as CUDA graphs (see ``warm_up``); ``None``
-    means on a CUDA device. ``mode`` says what holds. cache_dtype, float8_scores, keys, ema: of ``KVCache``; the dtype
-    is the model's unless it is given. recache: how many of the newest chunks ``switch`` encodes again under a new
-    prompt, and with ``recache_sink`` the sink too; the stream keeps their latents. ``raven.presets`` has published
-    settings by name.
+    means on a CUDA device. ``mode`` says what holds. cache_dtype, keys, ema: of ``KVCache``; the dtype is the model's
+    unless it is given. recache: how many of the newest chunks ``switch`` encodes again under a new prompt, and with
+    ``recache_sink`` the sink too; the stream keeps their latents. ``raven.presets`` has published settings by name.
     """
 
     @torch.no_grad()
@@ -53,7 +52,6 @@ class Stream:
         merge: bool = True,
         graphs: bool | None = None,
         cache_dtype: torch.dtype | None = None,
-        float8_scores: bool = False,
         keys: str = "rotated",
         ema: float | None = None,
         recache: int = 0,
@@ -99,7 +97,7 @@ class Stream:
             raise ValueError(f"recache_sink: got True with recache={recache}, ema={ema}, expected recache alone")
         self._recent = RecentChunks(recache, sink, recache_sink) if check_int("recache", recache, 0) else None
         self._cache_dtype = cache_dtype
-        self._cache_options = {"keys": keys, "ema": ema, "float8_scores": float8_scores}
+        self._cache_options = {"keys": keys, "ema": ema}
         self.grid = (height // ph, width // pw)
         self.frame = 0
         self.chunk = 0

@@ -114,8 +114,8 @@ def test_interpreted_merge():
         assert relative_rms(lse[:, head, :end][finite], want_lse[:, head, :end][finite]) < 1e-6
 
 
-def compiled(dtype, D, float8=False):
-    """The kernel as Triton compiles it for Hopper on any machine; ``float8``: of queries and keys."""
+def compiled(dtype, D):
+    """The kernel as Triton compiles it for Hopper on any machine."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
@@ -123,16 +123,13 @@ def compiled(dtype, D, float8=False):
 
     from raven.kernels import chunk_attention_hopper as hopper
 
-    def tile(rows, dtype, bits):
-        return f"tensordesc<{dtype}[1,{rows},1,{D}],{gl.NVMMASharedLayout(min(128, D * bits // 8), bits, 4)!r}>"
+    def tile(rows):
+        return f"tensordesc<{dtype}[1,{rows},1,{D}],{gl.NVMMASharedLayout(128, 16, 4)!r}>"
 
-    stored = ("fp8e4nv", 8) if float8 else (dtype, 16)
-    kinds = {"Q": tile(64, *stored), "K": tile(hopper.BLOCK_K, *stored), "V": tile(hopper.BLOCK_K, dtype, 16)}
-    kinds |= {"Out": f"*{dtype}", "scale": "fp32"} | (dict.fromkeys(("QScale", "KScale"), "*fp32") if float8 else {})
+    kinds = {"Q": tile(64), "K": tile(hopper.BLOCK_K), "V": tile(hopper.BLOCK_K), "Out": f"*{dtype}", "scale": "fp32"}
     kinds |= dict.fromkeys(("Lse", "Parts", "PartsLse"), "*fp32") | dict.fromkeys(("work", "steps"), "*i32")
-    kinds |= dict.fromkeys(("slots", "L", "S", "H"), "i32")
-    constants = {"GROUP": 2, "BLOCK_K": hopper.BLOCK_K, "D": D, "REGISTERS": hopper.registers(float8)}
-    constants |= {} if float8 else dict.fromkeys(("QScale", "KScale"))
+    kinds |= dict.fromkeys(("slots", "L", "H"), "i32")
+    constants = {"GROUP": 2, "BLOCK_K": hopper.BLOCK_K, "D": D}
     names = hopper._forward.arg_names
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if kinds.get(name, "")[:1] == "*"}
     source = GluonASTSource(hopper._forward, {n: kinds.get(n, "constexpr") for n in names}, constants, attributes)

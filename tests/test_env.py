@@ -70,7 +70,7 @@ def test_unknown_backend(monkeypatch):
 def test_a_name_that_is_no_backend():
     with pytest.raises(ValueError, match="name: got 'gpu', expected one of cuda, triton, reference"):
         raven.set_backend("gpu")
-    with pytest.raises(ValueError, match="op: got 'attention', expected one of chunk_attention, consistency_step"):
+    with pytest.raises(ValueError, match="op: got 'attention', expected one of .*chunk_attention, consistency_step"):
         raven.explain("attention")
 
 

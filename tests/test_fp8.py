@@ -9,7 +9,6 @@ from torch import nn
 
 import raven
 from raven import backends
-from raven.cache import KVCache
 from raven.models import WanConfig
 from raven.models.fp8 import Float8Linear, Float8MLP, quantize_linears
 from raven.ops import quantize_rows
@@ -97,31 +96,20 @@ def test_a_model_changes_little():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("float8_scores", [False, True])
-def test_streams_with_a_float8_cache(float8_scores):
+def test_streams_with_a_float8_cache():
     context = tiny_inputs(2)[3]
     videos = []
     for float8 in (False, True):
         model = tiny_model()
         if float8:
             quantize_linears(model)
-        options = {"cache_dtype": FLOAT8, "float8_scores": float8_scores} if float8 else {}
-        generator = torch.Generator().manual_seed(3)
-        stream = Stream(model, context, (4, 4, 4), 2, max_frames=4, generator=generator, **options)
+        stream = Stream(
+            model, context, (4, 4, 4), 2, max_frames=4, cache_dtype=FLOAT8 if float8 else None,
+            generator=torch.Generator().manual_seed(3),
+        )  # fmt: skip
         videos.append(torch.cat(list(stream.generate(levels=[1.0, 0.5])), dim=2))
         assert stream.cache.k[0].dtype == (FLOAT8 if float8 else torch.float32)
     assert 1e-4 < relative_rms(videos[1], videos[0]) < 0.1
-
-
-def test_float8_scores_need_float8_keys():
-    cache = KVCache(1, 1, 2, 16, 4, max_chunks=1, dtype=FLOAT8, float8_scores=True)
-    cache.begin(4, frame=0, frames=1)
-    keys, values = cache.read(0, torch.float32)
-    assert keys is cache.k[0] and values.dtype == torch.float32
-    with pytest.raises(ValueError, match="float8_scores: got True with dtype torch.float32 and rotated keys"):
-        KVCache(1, 1, 2, 16, 4, max_chunks=1, dtype=torch.float32, float8_scores=True)
-    with pytest.raises(ValueError, match="float8_scores: got True with dtype torch.float8_e4m3fn and raw keys"):
-        KVCache(1, 1, 2, 16, 4, window=1, dtype=FLOAT8, keys="raw", grid=(2, 2), float8_scores=True)
 
 
 def test_moving_keeps_float8():

@@ -30,7 +30,7 @@ from raven.models.packing import (
     unpatchify,
 )
 from raven.models.recompute import checkpointed, checkpointing_mode
-from raven.ops import chunk_attention, chunk_attention_float8, kv_append, qk_norm_rope
+from raven.ops import chunk_attention, kv_append, qk_norm_rope
 from raven.spans import Spans
 
 
@@ -347,10 +347,6 @@ class CausalWan(nn.Module):
             q = kv_append(q, k, v, q_weight, k_weight, positions, cache, layer, eps=eps)
             if write_only and layer == last:
                 return q
-            keys, values = cache.read(layer, q.dtype)
-            seen = newest if layer == last else spans
-            if cache.float8_scores:
-                return chunk_attention_float8(q, keys, values, seen, cache.k_scale[layer])
-            return chunk_attention(q, keys, values, seen)
+            return chunk_attention(q, *cache.read(layer, q.dtype), newest if layer == last else spans)
 
         return attend

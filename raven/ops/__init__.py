@@ -2,7 +2,6 @@
 
 from raven.ops.blend_rows import blend_rows
 from raven.ops.chunk_attention import chunk_attention
-from raven.ops.chunk_attention_float8 import chunk_attention_float8
 from raven.ops.consistency_step import consistency_step
 from raven.ops.gated_residual import gated_residual
 from raven.ops.gaussian_log_prob import gaussian_log_prob
@@ -16,7 +15,6 @@ from raven.ops.read_rows import read_rows
 __all__ = [
     "blend_rows",
     "chunk_attention",
-    "chunk_attention_float8",
     "consistency_step",
     "gated_residual",
     "gaussian_log_prob",

@@ -37,11 +37,10 @@ def copyable(x: torch.Tensor) -> torch.Tensor:
     """The tensor itself where the copy engine can fetch its rows (16-byte steps, nothing expanded), else a copy."""
     batch, token, head, channel = x.stride()
     if channel == 1 and x.data_ptr() % 16 == 0:
-        few = 16 // x.element_size() - 1
-        if not (batch | token | head) & few and batch > 0 and token > 0 and head > 0:
+        if not (batch | token | head) & 7 and batch > 0 and token > 0 and head > 0:
             return x
         steps = zip(x.shape, (batch, token, head), strict=False)
-        if all(size == 1 or (step > 0 and not step & few) for size, step in steps):
+        if all(size == 1 or (step > 0 and step % 8 == 0) for size, step in steps):
             return x
     return x.clone(memory_format=torch.contiguous_format)
 

@@ -73,19 +73,19 @@ def _device_work(
     return DeviceWork(made.work, made.steps, made.slots, device)
 
 
-def forward(q, k, v, out, lse, ranges: tuple[bytes, bytes, bytes], scale: float, q_scale=None, k_scale=None) -> None:
+def forward(q, k, v, out, lse, ranges: tuple[bytes, bytes, bytes], scale: float) -> None:
     """Fill ``out [B, Lq, H, D]`` and ``lse [B, H, Lq]`` (contiguous) for the queries of the ranges (a span's
-    lists); nothing is empty. q and k of float8 come with their scales ``[B, Lq, H]`` and ``[B, Lk, Hkv]``."""
+    lists); nothing is empty."""
     from raven.kernels import chunk_attention as portable
     from raven.kernels import chunk_attention_hopper as hopper
 
     B, _, H, D = q.shape
-    head_bytes = k.shape[1] * D * (k.element_size() + v.element_size())
+    head_bytes = 2 * k.shape[1] * D * k.element_size()
     device_work = held_by_graphs(_device_work(ranges, H, H // k.shape[2], head_bytes, q.device))
     if not len(device_work.work):
         return
     q, k, v = (copyable(x) for x in (q, k, v))
     parts = torch.empty((B, device_work.slots, ROWS, D), dtype=torch.float32, device=q.device)
     parts_lse = torch.empty((B, device_work.slots, ROWS), dtype=torch.float32, device=q.device)
-    hopper.forward(q, k, v, out, lse, parts, parts_lse, device_work.work, device_work.steps, scale, q_scale, k_scale)
+    hopper.forward(q, k, v, out, lse, parts, parts_lse, device_work.work, device_work.steps, scale)
     portable.merge(parts, parts_lse, out, lse, device_work.merges)
