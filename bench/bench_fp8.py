@@ -294,11 +294,16 @@ def wan_run(model, option, video, text) -> tuple[torch.Tensor, list[torch.Tensor
 
 @lru_cache(maxsize=1)
 def wan_exact(size: Wan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Latents, prompt, and what float32 makes of them."""
+    """Latents, prompt, and what plain PyTorch in float32 makes of them."""
     config = size.config
     video = torch.randn(1, config.in_dim, 12, size.height, size.width, device=DEVICE)
     text = torch.randn(1, config.text_len, config.text_dim, device=DEVICE)
-    return video, text, *wan_run(wan_model(config), None, video, text)
+    chosen = raven.get_backend()
+    raven.set_backend("reference")
+    try:
+        return video, text, *wan_run(wan_model(config), None, video, text)
+    finally:
+        raven.set_backend(chosen)
 
 
 @torch.no_grad()
