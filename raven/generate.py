@@ -83,18 +83,11 @@ def generate(request: Request) -> list[Path]:
     source.check_model(config, [*prompts, *later])
     batch = source.batch(prompts)
     if device.type == "cuda":
-        asked = {
-            "batch": batch, "window": options["window"], "fp8_cache": "cache" in fp8, "fp8_linears": "linears" in fp8,
-        }  # fmt: skip
-        others = {name: options[name] for name in ("chunk_frames", "sink", "keys", "ema", "recache") if name in options}
-        others |= {"frames": frames, "dtype": dtype, "graphs": not request.eager}
-
-        def needed(**changes: Any) -> Estimate:
-            arguments = {**asked, **changes}
-            own = source.decoder_memory(arguments["batch"], shape[1:]) if films else {}
-            return stream_memory(config, latent_size=shape[1:], **others, **arguments).plus(own)
-
-        require(needed, free_memory(device), request.ignore_memory, **asked)
+        names = ("chunk_frames", "sink", "window", "keys", "ema", "recache")
+        setting = {name: options[name] for name in names if name in options}
+        setting |= {"frames": frames, "dtype": dtype, "graphs": not request.eager}
+        setting |= {"batch": batch, "fp8_cache": "cache" in fp8, "fp8_linears": "linears" in fp8}
+        _require_memory(config, shape[1:], setting, source if films else None, device, request.ignore_memory)
 
     contexts = _encode(source, prompts, later, batch, config, device)
     model = model.to(device=device, dtype=dtype)
@@ -131,6 +124,25 @@ def generate(request: Request) -> list[Path]:
 
     _run(warm_up, chunks, handover, sink, line)
     return sink.paths
+
+
+def _require_memory(
+    config: WanConfig,
+    latent_size: tuple[int, int],
+    setting: dict[str, Any],
+    decoder: Source | None,
+    device: torch.device,
+    ignore: bool,
+) -> None:
+    """``MemoryError`` before anything is on the GPU when it has less than these arguments of ``stream_memory`` take."""
+    asked = {name: setting.pop(name) for name in ("batch", "window", "fp8_cache", "fp8_linears")}
+
+    def needed(**changes: Any) -> Estimate:
+        arguments = {**asked, **changes}
+        own = decoder.decoder_memory(arguments["batch"], latent_size) if decoder is not None else {}
+        return stream_memory(config, latent_size=latent_size, **setting, **arguments).plus(own)
+
+    require(needed, free_memory(device), ignore, **asked)
 
 
 def _encode(
