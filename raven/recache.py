@@ -45,6 +45,8 @@ class RecentChunks:
     def encode(self, stream: Stream) -> None:
         """Write keys and values of ``chunks`` anew; none of the stream's commits may be deferred."""
         cache = stream.cache
+        while cache.current is not None:  # a chunk in flight is opened again, and overwritten, by its next pass
+            cache.cancel()
         seen = [] if self.sinks else list(range(min(self.sink, cache.num_committed)))
         for chunk, x_0 in self._latents.items():
             cache.reopen(chunk, seen)

@@ -285,6 +285,8 @@ class Stream:
         """Encode a chunk whose ``commit`` was deferred, now and on its own."""
         if self._pending is None:
             return
+        if self.cache.following is not None:  # left open by a merged pass that was broken off
+            self.cache.cancel()
         if (graphs := self._usable_graphs()) is None:
             self._encode(self._pending)
         else:

@@ -211,3 +211,27 @@ def test_bad_arguments():
         stream.set_text(stream.text, stream.text)
     with pytest.raises(ValueError, match="graphs: got True for a model on cpu"):
         Stream(stream.model, stream.text, SHAPE, 2, window=1, graphs=True)
+
+
+@pytest.mark.parametrize("action", ["retry", "settle", "commit"])
+def test_a_merged_pass_that_is_broken_off(action, monkeypatch):
+    """Out of memory or Ctrl-C in the middle of it: the stream goes on as if it had not been begun."""
+    merged, separate = streams(window=1)
+    chunk, other, x = torch.randn(3, 2, 4, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for stream in (merged, separate):
+        stream.commit(chunk, defer=True)
+
+    def no_memory(*args):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merged.model.blocks[1], "forward", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            merged.velocity(x, 1.0)
+    assert merged.cache.following is not None
+    for stream in (merged, separate):
+        if action == "settle":
+            stream.settle()
+        elif action == "commit":
+            stream.commit(other)
+    torch.testing.assert_close(merged.velocity(x, 0.7), separate.velocity(x, 0.7), **EXACT)

@@ -57,6 +57,20 @@ def test_recache_without_sink_is_a_new_video_of_the_same_chunks(keys, merge):
 
 
 @pytest.mark.parametrize("keys", ["rotated", "raw"])
+def test_switch_while_a_chunk_is_in_flight(keys):
+    model = tiny_model(torch.float64)
+    old, new = prompts(torch.float64)
+    chunks = latents(5)
+    started, plain = (
+        commit_all(Stream(model, old, SHAPE, 1, window=2, keys=keys, recache=3), chunks[:4]) for _ in range(2)
+    )
+    started.velocity(chunks[4], 1.0)
+    for stream in (started, plain):
+        stream.switch(new)
+    assert_same_next(started, plain)
+
+
+@pytest.mark.parametrize("keys", ["rotated", "raw"])
 @pytest.mark.parametrize("sinks", [False, True])
 def test_recache_with_a_sink(keys, sinks):
     """The sink keeps the keys of the old prompt, or is encoded first under the new one; the chunks between are gone."""
