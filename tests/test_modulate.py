@@ -293,3 +293,9 @@ def test_gpu_in_a_graph():
 
 def test_registered():
     assert "modulate" in backends.operators()
+
+
+def test_lengths_are_integers():
+    x, table = torch.randn(1, 5, 8), torch.randn(1, 2, 8)
+    with pytest.raises(TypeError, match="lengths: got"):
+        modulate(x, table, table, (2.5, 2.5))

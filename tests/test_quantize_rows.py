@@ -157,3 +157,9 @@ def test_gpu_reads_nothing_back():
         quantize_rows(x, True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("shape", [(), (3, 0)])
+def test_rows_without_channels(shape):
+    with pytest.raises(ValueError, match="x: got shape"):
+        quantize_rows(torch.zeros(shape))

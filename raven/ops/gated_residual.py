@@ -114,6 +114,8 @@ def check_tables(
             raise ValueError(f"lengths: got None for {L} tokens and {segments} segments, expected a length for each")
         return None
     lengths = tuple(lengths)
+    if any(isinstance(n, float) for n in lengths):
+        raise TypeError(f"lengths: got {lengths}, expected integers")
     if len(lengths) != segments or sum(lengths) != L or min(lengths) < 0:
         raise ValueError(f"lengths: got {lengths}, expected {segments} lengths that sum to {L}")
     return None if min(lengths) == max(lengths) else lengths

@@ -29,13 +29,13 @@ def quantize_rows(x: torch.Tensor, gelu: bool = False) -> tuple[torch.Tensor, to
         ``[..., C]`` float8_e4m3fn and ``[...]`` float32, both packed; their product is x, or its GELU.
 
     Raises:
-        ValueError: x has no dimension, or a gradient is asked for: rounding has none.
+        ValueError: x has no channels, or a gradient is asked for: rounding has none.
         TypeError: an unsupported dtype.
         BackendUnavailableError: the backend asked for by name cannot run this tensor.
     """
     check_dtype("x", x, DTYPES)
-    if x.ndim == 0:
-        raise ValueError("x: got shape (), expected [..., C]")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., C] with at least one channel")
     check_no_tangent("quantize_rows", x)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("x: got requires_grad=True, expected no gradient: call under torch.no_grad()")
