@@ -22,6 +22,7 @@ from raven.request import (
     DTYPES,
     Request,
     check_frames,
+    check_not_read,
     check_writable,
     describe,
     first_given,
@@ -74,6 +75,7 @@ def generate(request: Request) -> list[Path]:
         find_encoder()
     later = [prompt for _, prompt in switches]
     source.check_prompts(prompts, later)
+    check_not_read(out, request.checkpoint, request.context, request.config, request.prompts)
     check_writable(out)
 
     config = WanConfig.from_json(request.config) if request.config else None

@@ -87,6 +87,14 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def check_not_read(path: Path, *inputs: str | None) -> None:
+    """Raise ``ValueError`` when writing ``path`` would destroy one of the inputs, or a file in one that is a folder."""
+    for source in (Path(name) for name in inputs if name is not None):
+        for file in source.iterdir() if source.is_dir() else (source,):
+            if path.exists() and file.exists() and path.samefile(file):
+                raise ValueError(f"out: got {path}, which is read as well ({file}), expected another name")
+
+
 def check_writable(path: Path) -> None:
     """Raise ``OSError`` now rather than after minutes of work when ``path`` cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)

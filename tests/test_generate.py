@@ -358,3 +358,13 @@ def limited_to(size):
 
     popen = subprocess.Popen
     return start
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_the_checkpoint_is_not_overwritten(checkpoint, tmp_path, folder):
+    """Its weights are mapped from the file: cutting that would end the process as well."""
+    own = tmp_path / "student.safetensors"
+    own.write_bytes(checkpoint.read_bytes())
+    with pytest.raises(ValueError, match="out: got .* read as well"):
+        run(tmp_path if folder else own, own)
+    assert own.read_bytes() == checkpoint.read_bytes()
