@@ -28,34 +28,36 @@ struct Arguments {
     bool per_head;
 };
 
+template <typename T>
+RowTensor<T> row_tensor(const Tensor& x, const Tensor& out, const std::optional<Tensor>& scale, Weight weight,
+                        bool per_head) {
+    const int64_t dim = x.size(3), channels = x.size(2) * dim;
+    return {rows<const T>(x),
+            rows<void>(out),
+            rows<float>(scale),
+            weight,
+            static_cast<int>(channels / 8),
+            1.0f / static_cast<float>(per_head ? dim : channels)};
+}
+
 template <typename T, typename Stored>
 void run(const Arguments& a) {
     const int64_t length = a.q.size(1), dim = a.q.size(3);
-    RowJob<T, Stored> job{};
-    job.q = rows<const T>(a.q);
-    job.k = rows<const T>(a.k);
-    job.v = rows<const T>(a.v);
-    job.q_out = rows<T>(a.q_out);
-    job.k_out = rows<Stored>(a.k_out);
-    job.v_out = rows<Stored>(a.v_out);
-    job.k_scale = rows<float>(a.k_scale);
-    job.v_scale = rows<float>(a.v_scale);
-    job.q_weight = a.q_weight;
-    job.k_weight = a.k_weight;
+    RowJob<T> job{};
+    job.tensors[0] = row_tensor<T>(a.q, a.q_out, std::nullopt, a.q_weight, a.per_head);
+    job.tensors[1] = row_tensor<T>(a.k, a.k_out, a.k_scale, a.k_weight, a.per_head);
+    if (a.v.has_value()) job.tensors[2] = row_tensor<T>(*a.v, *a.v_out, a.v_scale, Weight{}, a.per_head);
+    job.rows = a.v.has_value() ? 3 : 2;
     job.positions = pointer<const int32_t>(a.positions);
     job.position_batch = a.positions.dim() == 3 ? 3 * length : 0;
     job.slots = pointer<const int32_t>(a.slots);
     job.frequencies = pointer<const int64_t>(a.frequencies);
     job.total = static_cast<uint32_t>(a.q.size(0) * length);
     job.length = static_cast<uint32_t>(length);
-    job.q_eights = static_cast<int>(a.q.size(2) * dim / 8);
-    job.k_eights = static_cast<int>(a.k.size(2) * dim / 8);
     job.dim = static_cast<int>(dim);
-    job.q_share = 1.0f / static_cast<float>(a.per_head ? dim : 8 * job.q_eights);
-    job.k_share = 1.0f / static_cast<float>(a.per_head ? dim : 8 * job.k_eights);
     job.per_head = a.per_head;
     job.eps = static_cast<float>(a.eps);
-    check_cuda(launch_rows(job, current_stream(a.q)), "norm_rope_rows");
+    check_cuda(launch_rows<Stored>(job, current_stream(a.q)), "norm_rope_rows");
 }
 
 template <typename T>

@@ -29,10 +29,10 @@ struct Rows {
     __device__ T* row(uint32_t b, int64_t t) const { return data + b * batch + t * token; }
 };
 
-// Read once, so not kept in L1. Volatile, so that loads stay where they are written: ahead of the work on earlier rows.
+// Volatile, so that loads stay where they are written. Without hints: to keep rows out of L1 costs bandwidth.
 __device__ inline uint4 load16(const void* p) {
     uint4 x;
-    asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                  : "l"(p)
                  : "memory");

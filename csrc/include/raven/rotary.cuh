@@ -51,11 +51,11 @@ __device__ inline void stage_frequencies(uint64_t* shared, const int64_t* freque
 
 // The four channel pairs that one thread turns, the same ones in every head it holds.
 struct FourPairs {
-    const uint64_t* frequencies;  // of the first of the four, in shared memory
+    const uint64_t* frequencies;  // of the first of the four
     int until_row, until_column;  // of the four, those before turn with the frame, and with the row
 
-    __device__ FourPairs(const uint64_t* shared, int pair, int dim)
-        : frequencies(shared + pair),
+    __device__ FourPairs(const uint64_t* all, int pair, int dim)
+        : frequencies(all + pair),
           until_row(dim / 2 - 2 * (dim / 2 / 3) - pair),
           until_column(dim / 2 - dim / 2 / 3 - pair) {}
 
