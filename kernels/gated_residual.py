@@ -22,13 +22,14 @@ from raven.segments import segment_of_tokens
 # blocks:   of tokens at most (backward): one share each of the tables' gradients is written, and added up
 # stages:   of copies into shared memory ahead of the computation, as far as they fit into so many bytes
 CONFIGS = {
-    "forward": {"elements": 24, "most": 48},
+    "forward": {"elements": 24, "most": 24},
+    "norm": {"elements": 40, "most": 40},  # forward without a branch
     "backward": {"elements": 24, "most": 24, "blocks": 528, "stages": 3, "bytes": 65536},
     "sums": {"columns": 16, "rows": 512, "warps": 8},  # of shares: what a program adds up at once, at most
 }
 
 # Multiplications and additions are joined where the kernel says so, not where the compiler finds it convenient: a token
-# has the same bits with and without a gate before the norm, with segments of one length and of several.
+# has the same bits with a gate and without, with segments of one length and of several.
 ARITHMETIC = {"enable_fp_fusion": False}
 MOST_IN_GRID = 65535  # programs along the second and third axis: CUDA C programming guide, "technical specifications"
 
@@ -165,15 +166,22 @@ def _forward_kernel(
     if y_ptr is not None:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-        # Before they are needed, behind the loads that come from further away.
-        scale_a, scale_b = load_row(scale_ptr + batch * scale_batch + segment * scale_segment, C, A, B, "evict_last")
-        shift_a, shift_b = load_row(shift_ptr + batch * shift_batch + segment * shift_segment, C, A, B, "evict_last")
+        scale = scale_ptr + batch * scale_batch + segment * scale_segment
+        shift = shift_ptr + batch * shift_batch + segment * shift_segment
+        # Ahead of the sums that wait for x. Without a branch half as much of a token is on its way, and registers are
+        # better spent on more tokens.
+        if branch_ptr is not None:
+            scale_a, scale_b = load_row(scale, C, A, B, "evict_last")
+            shift_a, shift_b = load_row(shift, C, A, B, "evict_last")
         mean = tl.sum(folded(a, b, A, B)) / C
         a = without_padding(a - mean, C, 0, A)
         b = without_padding(b - mean, C, A, B) if B > 0 else a
         rstd = tl.rsqrt(tl.sum(folded(a * a, b * b, A, B)) / C + eps)
         tl.store(stats_ptr + 2 * row, mean)
         tl.store(stats_ptr + 2 * row + 1, rstd)
+        if branch_ptr is None:
+            scale_a, scale_b = load_row(scale, C, A, B, "evict_last")
+            shift_a, shift_b = load_row(shift, C, A, B, "evict_last")
         a = tl.fma(a, scaled(scale_a, rstd, AFFINE), shift_a.to(tl.float32))
         b = tl.fma(b, scaled(scale_b, rstd, AFFINE), shift_b.to(tl.float32))
         store_row(y_ptr + row * C, a, b, C, A, B)
@@ -233,7 +241,7 @@ def forward(
     if x.numel() == 0:
         return total, y, stats
     x, branch, gate, shift, scale = map(channel_rows, (x, branch, gate, shift, scale))
-    a, b, warps = cut("forward", C)
+    a, b, warps = cut("norm" if branch is None else "forward", C)
     affine, segments = scale is not None and scale.ndim == 1, segments_of(gate, scale)
     if lengths is None and max(segments, B) > MOST_IN_GRID:
         lengths = (L // segments,) * segments
@@ -278,4 +286,5 @@ def aot_cases() -> Iterator[tuple]:
         pointers = {"x_ptr": dtype, "branch_ptr": branch, "total_ptr": branch and dtype, "gate_ptr": gated and table}
         pointers |= dict.fromkeys(("shift_ptr", "scale_ptr"), norm and table) | {"y_ptr": norm and dtype}
         pointers |= {"stats_ptr": norm and "fp32", "segment_ptr": ragged and "i32"}
-        yield aot_case(_forward_kernel, "forward", channels, pointers, numbers, {"AFFINE": affine}, **ARITHMETIC)
+        kind = "forward" if branch else "norm"
+        yield aot_case(_forward_kernel, kind, channels, pointers, numbers, {"AFFINE": affine}, **ARITHMETIC)
