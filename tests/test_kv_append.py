@@ -8,6 +8,7 @@ import raven
 from raven.cache import KVCache
 from raven.ops import kv_append, qk_norm_rope
 from raven.ops.kv_append import _kv_append, _kv_append_float8
+from raven.reference import qk_norm_rope as reference
 
 EVERY_GPU_BACKEND = True
 CANARY = -77.0
@@ -82,7 +83,7 @@ def check_rows(arguments):
     """Keys are rounded straight to the cache's dtype, values cast to it, rows of negative slots and others are kept."""
     q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, *_ = arguments
     q_out = _kv_append(*arguments)
-    q_want, k_want = qk_norm_rope(*in_double((q, k, q_weight, k_weight, positions)))
+    q_want, k_want = reference.qk_norm_rope(*in_double((q, k, q_weight, k_weight, positions)))
     assert_rounded(q_out, q_want)
     written = slots >= 0
     rows = slots[written].long()
@@ -260,7 +261,7 @@ def check_float8(arguments, cache):
     q, k, v, *rest = arguments
     before = [x.view(torch.uint8).clone() for x in (cache.k[0], cache.k[1], cache.v[0], cache.v[1])]
     q_out = kv_append(*arguments, cache, 1)
-    q_want, k_want = qk_norm_rope(*in_double((q, k, *rest)))
+    q_want, k_want = reference.qk_norm_rope(*in_double((q, k, *rest)))
     assert_rounded(q_out, q_want)
     rows = cache.slots.long()
     for x, buffer, scale in ((k_want, cache.k[1], cache.k_scale[1]), (v, cache.v[1], cache.v_scale[1])):
