@@ -18,13 +18,12 @@ from raven.segments import segment_of_tokens
 
 # How work is cut. A tuning script may change it, and calls ``cut.cache_clear()`` after each change.
 # elements: of a row that one thread holds at most, which sets the number of warps
-# most:     elements, where fewer warps let a row be cut in two without padding
 # blocks:   of tokens at most (backward): one share each of the tables' gradients is written, and added up
 # stages:   of copies into shared memory ahead of the computation, as far as they fit into so many bytes
 CONFIGS = {
-    "forward": {"elements": 24, "most": 24},
-    "norm": {"elements": 40, "most": 40},  # forward without a branch
-    "backward": {"elements": 24, "most": 24, "blocks": 528, "stages": 3, "bytes": 65536},
+    "forward": {"elements": 24},
+    "norm": {"elements": 40},  # forward without a branch
+    "backward": {"elements": 24, "blocks": 528, "stages": 3, "bytes": 65536},
     "sums": {"columns": 16, "rows": 512, "warps": 8},  # of shares: what a program adds up at once, at most
 }
 
@@ -44,7 +43,7 @@ def channels(FIRST: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def load_part(ptr, C: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr, POLICY: tl.constexpr):
-    """Channels FIRST .. FIRST + SIZE of a row in float32; those beyond C are zero."""
+    """Channels FIRST .. FIRST + SIZE of a row, as stored; those beyond C are zero."""
     channel = channels(FIRST, SIZE)
     if FIRST + SIZE > C:
         values = tl.load(ptr + channel, mask=channel < C, other=0.0, eviction_policy=POLICY)
@@ -205,7 +204,7 @@ def cut(kind: str, channels: int) -> Cut:
     if b == 0:
         return Cut(a, 0, warps)
     fewer = min(warps, b // (32 * 4))
-    if b < a and fewer and channels <= 32 * fewer * config["most"]:
+    if b < a and fewer and channels <= 32 * fewer * config["elements"]:
         return Cut(a, b, fewer)
     return Cut(2 * a, 0, warps)
 
