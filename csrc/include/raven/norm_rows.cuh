@@ -1,7 +1,7 @@
 // Rows of channels shared out among warps, for the norms over them: what the forward and the gradients have in common.
 //
 // A row is one token of one tensor, all heads packed. A team of 1 to 8 warps takes a row, eight neighbouring channels a
-// lane at a time. Rows come into each lane's own shared memory by asynchronous copies.
+// lane at a time. Rows of the gradients come into each lane's own shared memory by asynchronous copies.
 #pragma once
 
 #include <cstdint>
