@@ -23,6 +23,7 @@ from raven.request import (
     Request,
     check_frames,
     check_not_read,
+    check_seed,
     check_writable,
     describe,
     first_given,
@@ -33,6 +34,7 @@ from raven.request import (
     read_prompts,
     stream_options,
 )
+from raven.sampling import checked_levels
 from raven.schedule import sampling_levels
 from raven.sources import Source, pick_source, read_context
 from raven.stream import Stream
@@ -54,6 +56,10 @@ def generate(request: Request) -> list[Path]:
     options = stream_options(request, trained)
     chunk, frames = options["chunk_frames"], first_given(request.frames, trained.get("frames"), 21)
     check_frames(frames, chunk)
+    for name in ("sink", "window"):  # more than the video has is all of it
+        options[name] = options[name] if options[name] is None else min(options[name], frames // chunk)
+    levels = sampling_levels(request.steps) if request.steps is not None else trained.get("levels")
+    checked_levels(levels)
     prompts, switches = read_prompts(request), parse_switches(request.switch, chunk, frames)
     fp8 = parse_fp8(request.fp8)
     device = pick_device(request.device)
@@ -84,6 +90,7 @@ def generate(request: Request) -> list[Path]:
     shape = latent_shape(request, trained, config, source.spatial)
     source.check_model(config, [*prompts, *later])
     batch = source.batch(prompts)
+    check_seed(request.seed, batch)
     if device.type == "cuda":
         names = ("chunk_frames", "sink", "window", "keys", "ema", "recache")
         setting = {name: options[name] for name in names if name in options}
@@ -99,8 +106,9 @@ def generate(request: Request) -> list[Path]:
         model = quantize_linears(model)
     if "cache" in fp8:
         options["cache_dtype"] = torch.float8_e4m3fn
-    stream = Stream(model, contexts[0], shape, graphs=False if request.eager else None, **options)
-    levels = sampling_levels(request.steps) if request.steps is not None else trained.get("levels")
+    graphs = False if request.eager else None
+    stream = Stream(model, contexts[0], shape, max_frames=frames, graphs=graphs, **options)
+    _ = stream.cache  # allocated before the files are opened, which ends what they held
 
     def chunks() -> Iterator[torch.Tensor]:
         where = device if device.type == "cuda" else "cpu"

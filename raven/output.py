@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +34,10 @@ class LatentsFile:
         self.shape = tuple(shape)
         self.done = 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        needed, held = self._end(self.shape[2]), self.path.stat().st_size if self.path.exists() else 0
+        if needed > shutil.disk_usage(self.path.parent).free + held:  # an earlier file of that name is still whole
+            text = f"{needed / 2**20:.0f} MiB"
+            raise OSError(f"could not write {self.path} (no space left on the disk); its latents take {text}")
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             # Not posix_fallocate, which is missing on some systems, alone: its absence must not be an error.

@@ -67,9 +67,14 @@ def describe(path: str | Path) -> dict[str, Any]:
 
     try:
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {}).get("raven", "{}"))
+            trained = json.loads((file.metadata() or {}).get("raven", "{}"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"checkpoint: {path} cannot be read ({error})") from error
+    known = trained if isinstance(trained, dict) else {"metadata": trained}
+    for name in ("metadata", "frames", "chunk_frames", "sink", "window"):
+        if not isinstance(known.get(name), int | None):
+            raise ValueError(f"checkpoint: {path} says {name} = {known[name]!r}, expected what the demo writes")
+    return trained
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -164,6 +169,11 @@ def stream_options(request: Request, trained: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def check_seed(seed: int, batch: int) -> None:
+    if not 0 <= seed <= 2**63 - batch:
+        raise ValueError(f"seed: got {seed}, expected 0 to 2**63 - {batch}")
+
+
 def check_frames(frames: int, chunk: int) -> None:
     if chunk < 1:
         raise ValueError(f"chunk_frames: got {chunk}, expected at least 1")
@@ -175,7 +185,7 @@ def check_frames(frames: int, chunk: int) -> None:
 
 def _sides(name: str, text: str, example: str) -> tuple[int, int]:
     sides = text.lower().split("x")
-    if len(sides) != 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
         raise ValueError(f"{name}: got {text!r}, expected HEIGHTxWIDTH such as {example}")
     return int(sides[0]), int(sides[1])
 

@@ -34,7 +34,8 @@ def checked_levels(levels: torch.Tensor | Sequence[float] | None, sampler: str =
     values = [float(t) for t in (sampling_levels(4) if levels is None else levels)]
     falling = all(a > b for a, b in zip(values, [*values[1:], 0.0], strict=False))
     if not values or values[0] > 1 or not falling:
-        raise ValueError(f"levels: got {values}, expected descending levels in (0, 1]")
+        shown = values if len(values) <= 8 else f"{len(values)} of them, the last ones {values[-3:]}"
+        raise ValueError(f"levels: got {shown}, expected descending levels in (0, 1]")
     return values
 
 

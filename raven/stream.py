@@ -65,8 +65,10 @@ class Stream:
             want = f"({model.config.in_dim}, a multiple of {ph}, a multiple of {pw})"
             raise ValueError(f"latent_shape: got {tuple(latent_shape)}, expected {want}")
         sizes = (chunk_frames,) if isinstance(chunk_frames, int) else tuple(chunk_frames)
-        if not sizes or min(sizes) < 1:
+        if not sizes:
             raise ValueError(f"chunk_frames: got {chunk_frames}, expected positive sizes")
+        for size in sizes:
+            check_int("chunk_frames", size, 1)
         if guidance != 1.0 and negative_context is None:
             raise ValueError(f"guidance: got {guidance} without a negative_context, expected 1")
         check_int("sink", sink, 0)

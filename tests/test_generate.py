@@ -15,7 +15,7 @@ from test_checkpoint import WRAPPINGS
 
 import raven.video as video_module
 from raven import cli, generate
-from raven.checkpoint import save_checkpoint
+from raven.checkpoint import save_checkpoint, write_safetensors
 from raven.models import CausalWan, WanConfig
 from raven.request import Request, parse_fp8, parse_switches, read_prompts, stream_options
 from raven.stream import Stream
@@ -368,3 +368,39 @@ def test_the_checkpoint_is_not_overwritten(checkpoint, tmp_path, folder):
     with pytest.raises(ValueError, match="out: got .* read as well"):
         run(tmp_path if folder else own, own)
     assert own.read_bytes() == checkpoint.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"seed": 2**64}, ValueError, "seed: got"),
+        ({"seed": -1}, ValueError, "seed: got -1"),
+        ({"steps": 1000}, ValueError, "levels: got 1000 of them"),
+        ({"preset": "reward_forcing", "fp8": "cache", "frames": 6}, TypeError, "ema: got a cache"),
+        ({"latent_size": "²x8"}, ValueError, "latent_size: got '²x8'"),
+        ({"latent_size": "2000000x2000000"}, OSError, "no space left on the disk"),
+    ],
+    ids=str,
+)
+def test_an_earlier_result_outlives_a_bad_request(checkpoint, tmp_path, monkeypatch, options, error, message):
+    out = tmp_path / "a.safetensors"
+    run(checkpoint, out, frames=2)
+    before = out.read_bytes()
+    monkeypatch.setattr(Stream, "cache", property(lambda self: None) if error is OSError else Stream.cache)
+    with pytest.raises(error, match=message):
+        run(checkpoint, out, **{"frames": 2, **options})
+    assert out.read_bytes() == before
+
+
+def test_more_sink_and_window_than_the_video_has(checkpoint, tmp_path):
+    far = run(checkpoint, tmp_path / "a.safetensors", frames=6, sink=10**12, window=10**12)
+    near = run(checkpoint, tmp_path / "b.safetensors", frames=6, sink=0, window=3)
+    torch.testing.assert_close(far, near, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("metadata", ["[1]", '{"frames": "x"}'])
+def test_strange_metadata_is_named(model, tmp_path, metadata):
+    path = tmp_path / "strange.safetensors"
+    write_safetensors(path, model.state_dict(), metadata={"raven": metadata})
+    with pytest.raises(ValueError, match="checkpoint: .* expected what the demo writes"):
+        generate.generate(Request(str(path), out=str(tmp_path / "a.mp4")))

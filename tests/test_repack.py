@@ -425,3 +425,15 @@ def test_training_step_on_a_gpu_matches_the_cpu():
         repacked_forward(model, *inputs, (1, 2, 2)).square().mean().backward()
         grads.append(torch.cat([w.grad.flatten().cpu() for w in model.parameters()]))
     assert (grads[0] - grads[1]).norm() / grads[0].norm() < 1e-3
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointing_refuses_weights_that_were_swapped(mode):
+    model = tiny_model()
+    model.gradient_checkpointing = mode
+    x_t, x_0, t, context = tiny_inputs(4)
+    other = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
+    layout = ChunkLayout.repacked((2, 2), 4)
+    v = torch.func.functional_call(model, other, (x_t, t, context, layout), {"x_0": x_0})
+    with pytest.raises(RuntimeError, match="gradient_checkpointing: .*functional_call"):
+        v.sum().backward()

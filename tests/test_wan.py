@@ -133,6 +133,15 @@ def test_fused_projection_is_three_layers_in_a_state_dict():
     assert list(state) == list(model.state_dict()), "loading takes nothing out of the caller's dict"
 
 
+def test_a_wrapped_projection_keeps_the_names_of_its_parts():
+    """As adapters wrap a layer."""
+    model = tiny_model()
+    model.blocks[0].self_attn.qkv = torch.nn.Sequential(model.blocks[0].self_attn.qkv)
+    state = model.state_dict()
+    assert "blocks.0.self_attn.qkv.0.weight" in state and "blocks.1.self_attn.q.weight" in state
+    assert not model.load_state_dict(state).missing_keys
+
+
 def test_fused_projection_says_what_does_not_fit():
     model, name = tiny_model(), "blocks.1.self_attn.k.weight"
     before = model.blocks[1].self_attn.qkv.weight.clone()

@@ -108,6 +108,8 @@ class SelfAttention(nn.Module):
 
 
 def _split_qkv(module: SelfAttention, state: dict[str, torch.Tensor], prefix: str, metadata: object) -> None:
+    if type(module.qkv) is not nn.Linear:  # wrapped, as by an adapter: its parts have names of their own
+        return
     own = {name: state.pop(name) for name in [name for name in state if name.startswith(prefix)]}
     for kind in ("weight", "bias"):
         fused = own.pop(f"{prefix}qkv.{kind}")
@@ -125,6 +127,8 @@ def _join_qkv(
     unexpected: list[str],
     errors: list[str],
 ) -> None:
+    if type(module.qkv) is not nn.Linear:
+        return
     for kind in ("weight", "bias"):
         own = getattr(module.qkv, kind).detach()
         parts = {f"{prefix}{name}.{kind}": part for name, part in zip("qkv", own.chunk(3), strict=True)}

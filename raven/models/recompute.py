@@ -51,19 +51,27 @@ def checkpointed(
     def run(x, levels, k, v, attention, output=True):
         return block(x, levels, lengths, (k, v), layer, partial(attend, attention=attention), keep, output)
 
+    def weights() -> list[nn.Parameter]:
+        return [weight for weight in block.parameters() if weight.requires_grad]
+
     # The weights are arguments as well: their gradients then come out of this one node.
-    weights = [weight for weight in block.parameters() if weight.requires_grad]
-    return _Checkpointed.apply(run, mode == "selective", x, levels, *text, *weights)
+    return _Checkpointed.apply(run, weights, mode == "selective", x, levels, *text, *weights())
 
 
 class _Checkpointed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, run: Callable[..., torch.Tensor], selective: bool, *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx,
+        run: Callable[..., torch.Tensor],
+        weights: Callable[[], list[nn.Parameter]],
+        selective: bool,
+        *tensors: torch.Tensor,
+    ) -> torch.Tensor:
         kind = tensors[0].device.type
         # No cache: it would hand the casts of weights made here, without a graph, to whom needs their gradient.
         settings = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
         ctx.autocast = partial(torch.autocast, kind, **settings, cache_enabled=False)
-        ctx.run, ctx.count = run, len(tensors)
+        ctx.run, ctx.weights, ctx.count = run, weights, len(tensors)
         attention = _Recorded() if selective else chunk_attention
         with ctx.autocast():
             out = run(*tensors[:4], attention)
@@ -74,13 +82,18 @@ class _Checkpointed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tensors, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        needed = ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[3:]
+        if [weight.data_ptr() for weight in ctx.weights()] != [weight.data_ptr() for weight in tensors[4:]]:
+            raise RuntimeError(
+                "gradient_checkpointing: the block has other weights in the backward pass than it had in the forward "
+                "pass (torch.func.functional_call swaps them), expected the same ones; 'none' needs no second run"
+            )
         inputs = [x.detach().requires_grad_(need) for x, need in zip(tensors[:4], needed[:4], strict=True)]
         with torch.enable_grad(), ctx.autocast():
             out = ctx.run(*inputs, partial(_known_attention, *kept) if kept else chunk_attention, output=False)
         wanted = [x for x, need in zip((*inputs, *tensors[4:]), needed, strict=True) if need]
         grads = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
-        return None, None, *(next(grads) if need else None for need in needed)
+        return None, None, None, *(next(grads) if need else None for need in needed)
 
 
 class _Recorded:
