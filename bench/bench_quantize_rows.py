@@ -19,12 +19,16 @@ from raven.testing import relative_rms
 
 
 def check(x: torch.Tensor, gelu: bool) -> dict[str, float]:
-    """Scales to rounding, all but a few numbers to the bit (others lie between two float8 numbers), and no bias."""
+    """Scales to rounding, numbers to the bit (after GELU all but a few, that lie between two float8 numbers), no bias.
+
+    The rule is taken in float32: of bfloat16 numbers many lie just between two float8 ones, and how the scale is
+    rounded decides.
+    """
     stored, scale = quantize_rows(x, gelu)
-    want, want_scale = plainly(x.double(), gelu)
+    want, want_scale = plainly(x, gelu)
     torch.testing.assert_close(scale, want_scale, rtol=2e-6, atol=0)
     different = float((stored.view(torch.uint8) != want.view(torch.uint8)).double().mean())
-    assert different <= 1e-4, f"{different:.1e} of the numbers differ from the rule in float64"
+    assert different <= (1e-4 if gelu else 0), f"{different:.1e} of the numbers differ from the rule"
     exact = torch.nn.functional.gelu(x.double(), approximate="tanh") if gelu else x.double()
     error = relative_rms(stored.double() * scale.double().unsqueeze(-1), exact)
     assert error <= 0.04, f"relative RMS error {error:.3f} of what is stored"

@@ -20,19 +20,17 @@ def pytest_collection_modifyitems(items):
 def pytest_generate_tests(metafunc):
     """The GPU tests of a module that says EVERY_GPU_BACKEND run once with the automatic choice and once on Triton."""
     if getattr(metafunc.module, "EVERY_GPU_BACKEND", False) and metafunc.definition.get_closest_marker("gpu"):
-        metafunc.fixturenames.append("gpu_backend")
         metafunc.parametrize("gpu_backend", ["automatic", "triton"], indirect=True)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)  # of every test, since pytest sets up nothing that a test neither names nor inherits
 def gpu_backend(request):
-    """Automatic means the compiled library where it takes the tensors, so it must be there."""
-    if request.param == "automatic":
-        if reason := native.unavailable():
-            pytest.skip(reason)
-    else:
-        raven.set_backend(request.param)
-    yield request.param
+    """Automatic means the compiled library where it takes the tensors, so it must be there; else ``None``."""
+    name = getattr(request, "param", None)
+    if name == "automatic" and (reason := native.unavailable()):
+        pytest.skip(reason)
+    raven.set_backend("triton" if name == "triton" else None)
+    yield name
     raven.set_backend(None)
 
 

@@ -77,7 +77,8 @@ class Float8Linear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         if rows.shape[0] == 0:
             return torch.empty((*x.shape[:-1], self.out_features), dtype=dtype, device=x.device)
-        inside = self.bias is not None and self.bias.dtype == torch.bfloat16
+        # cuBLAS has no kernel with a bias for some products of a few rows.
+        inside = self.bias is not None and self.bias.dtype == torch.bfloat16 and rows.shape[0] >= 128
         out = torch._scaled_mm(
             rows,
             self.weight.t(),
