@@ -33,7 +33,7 @@ INTENSITY = {
 
 
 def plot_results(results: Mapping[str, Any], path: str | Path) -> list[Path]:
-    """Draw ``<path>.png``, and beside it ``-roofline``, ``-lengths``, ``-phases`` and ``-long`` where rows have them.
+    """Draw ``<path>.png``, and beside it ``-roofline``, ``-lengths``, ``-phases`` and ``-growth`` where rows have them.
 
     ``path`` may have any suffix. Returns the files; none without matplotlib.
     """
@@ -43,7 +43,7 @@ def plot_results(results: Mapping[str, Any], path: str | Path) -> list[Path]:
         return []
     path = Path(path)
     saved = []
-    pictures = {"": _shares, "-roofline": _roofline, "-lengths": _lengths, "-phases": _phases, "-long": _long}
+    pictures = {"": _shares, "-roofline": _roofline, "-lengths": _lengths, "-phases": _phases, "-growth": _long}
     for ending, draw in pictures.items():
         figure = draw(results)
         if figure is not None:

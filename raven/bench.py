@@ -44,13 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="also measure FlashAttention 3 and 4, MagiAttention and flashinfer, where they are importable",
     )
-    parser.add_argument("--table", metavar="FILE", help="print a stored results file and measure nothing")
+    parser.add_argument(
+        "--table",
+        nargs="+",
+        metavar="FILE",
+        help="print stored results, of one GPU if several, and measure nothing; with --output draw their pictures",
+    )
     parser.add_argument("--output", metavar="FILE", help="results file (default: a new one in bench/results)")
     parser.add_argument("--folder", metavar="DIR", help="folder of the benches (default: bench/ of this checkout)")
     args = parser.parse_args(argv)
     if args.table:
-        print(_report(read_results(args.table)))
-        return 0
+        return _show([read_results(path) for path in args.table], args.output)
     files = bench_files(find_folder(args.folder), args.ops)
     path, failed, parts = Path(args.output) if args.output else None, [], []
     for part, failure in _run(files, args.keyword, args.peers):
@@ -70,6 +74,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if failed:
         print("failed: " + ", ".join(failed), file=sys.stderr)
     return 1 if failed else 0
+
+
+def _show(parts: Sequence[Mapping[str, Any]], output: str | None) -> int:
+    """Print, and draw, what was measured before."""
+    gpus = sorted({str(part.get("gpu")) for part in parts})
+    if len(gpus) > 1:
+        raise ValueError(f"table: got results of {', '.join(gpus)}, expected those of one GPU")
+    results = merge_results(parts)
+    print(_report(results))
+    if output:
+        print(f"pictures: {', '.join(map(str, plot_results(results, output)))}")
+    return 0
 
 
 def find_folder(folder: str | os.PathLike[str] | None = None) -> Path:

@@ -241,6 +241,19 @@ def test_command_prints_a_stored_table(tmp_path, capsys):
     assert "repacked-60840" in out and "fa3: ImportError" in out and "targets" in out and "holds" in out
 
 
+def test_command_draws_stored_tables_of_one_gpu_together(tmp_path, capsys):
+    parts = [stored(), stored(op="kv_append", case="tokens-4680", unit="TB/s", rate=4.0, roof=4.2)]
+    paths = [tmp_path / f"{i}.json" for i in range(3)]
+    for path, part in zip(paths, (*parts, parts[0] | {"gpu": "another"}), strict=True):
+        bench.write_results(part, path)
+    assert cli.main(["bench", "--table", *map(str, paths[:2]), "--output", str(tmp_path / "both.json")]) == 0
+    out = capsys.readouterr().out
+    assert "repacked-60840" in out and "kv_append" in out
+    assert (tmp_path / "both.png").exists() and not (tmp_path / "both.json").exists()
+    assert cli.main(["bench", "--table", *map(str, paths)]) == cli.BAD_INPUT
+    assert "expected those of one GPU" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("{", "no JSON file"), ("[]", "has no rows"), ('{"rows": [{"op": "x"}]}', "without case, direction")],

@@ -54,5 +54,5 @@ def test_rows_are_drawn(module, tmp_path):
     row = {"op": "long", "case": "longlive-10000", "direction": "forward", "backend": "cuda", "ms": 2.0, "rate": 1.0}
     row |= {"unit": "TFLOP/s", "roof": 2.0, "peers": {}, "frames": 10_002, "blocks": course(module).blocks}
     path = tmp_path / "long.json"
-    assert tmp_path / "long-long.png" in plot_results({"rows": [row], "date": "2026-11-22"}, path)
-    assert tmp_path / "long-long.png" not in plot_results({"rows": [row | {"frames": 120}]}, path)
+    assert tmp_path / "long-growth.png" in plot_results({"rows": [row], "date": "2026-11-22"}, path)
+    assert tmp_path / "long-growth.png" not in plot_results({"rows": [row | {"frames": 120}]}, path)

@@ -142,6 +142,15 @@ def test_a_wrapped_projection_keeps_the_names_of_its_parts():
     assert not model.load_state_dict(state).missing_keys
 
 
+def test_hooks_on_the_layers_of_an_mlp_are_called():
+    model, seen = tiny_model(), []
+    for layer in (model.blocks[0].ffn[0], model.blocks[0].ffn[2]):
+        layer.register_forward_hook(lambda module, args, out: seen.append(module))
+    x, _, t, context = tiny_inputs(2)
+    bidirectional_forward(model, x, t, context).sum().backward()
+    assert seen == [model.blocks[0].ffn[0], model.blocks[0].ffn[2]]
+
+
 def test_fused_projection_says_what_does_not_fit():
     model, name = tiny_model(), "blocks.1.self_attn.k.weight"
     before = model.blocks[1].self_attn.qkv.weight.clone()

@@ -33,8 +33,11 @@ class Mlp(nn.Sequential):
 
     @property
     def is_plain(self) -> bool:
-        """Whether both layers are what they were made as, so that their weights say all."""
-        return type(self[0]) is nn.Linear and type(self[2]) is nn.Linear
+        """Whether both layers are what they were made as and nobody listens, so that their weights say all."""
+        return all(
+            type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+            for layer in (self[0], self[2])
+        )
 
     def tensors(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """``x``, then weight and bias of both layers, in the dtype that matrix products have under autocast."""
