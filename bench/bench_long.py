@@ -31,6 +31,7 @@ from raven.presets import preset
 from raven.stream import Stream
 from raven.testing import relative_rms
 
+pytestmark = pytest.mark.usefixtures("freed")
 WAN = Size()
 SMALL = Size(WanConfig(256, 1024, 2, 4, text_dim=64, text_len=16), (16, 16, 16))
 TINY = Size(WanConfig(32, 64, 1, 1, 2, 2, 16, 4, 3), (2, 4, 4))
@@ -142,15 +143,6 @@ class LongVideo:
         linear = 2 * tokens * (6 * config.dim**2 + 2 * config.dim * config.ffn_dim)
         attention = 4 * tokens * config.dim * (keys + config.text_len)
         return 5 * config.num_layers * (linear + attention)
-
-
-@pytest.fixture(autouse=True)
-def freed():
-    """Whatever a case held is gone before the next one."""
-    yield
-    gc.collect()
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
 
 
 def measure(bench, size, rule, frames, blocks, flat=True):

@@ -9,7 +9,6 @@ bfloat16, and everything that the full size computes is finite.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from functools import cache
 
@@ -39,20 +38,12 @@ from raven.train.distill import RavenTrainer
 from raven.train.phases import PhaseTimer, phase
 from raven.train.policy import CMGRPOTrainer
 
+pytestmark = pytest.mark.usefixtures("freed")
 WAN = Size()
 TINY = Size(WanConfig(32, 64, 1, 2, 2, 2, 16, 4, 3, (1, 4, 4)), (2, 8, 8), (1, 2, 2), 2)
 REPEATS = 3 if DEVICE == "cuda" else 1
 # The official code on an H200, measured earlier: forward and backward, checkpointing per block.
 OFFICIAL = {"official_seconds": 5.54, "official_peak_gib": 26.5}
-
-
-@pytest.fixture(autouse=True)
-def freed():
-    """Whatever a case held is gone before the next one: their models do not fit beside each other."""
-    yield
-    gc.collect()
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
 
 
 @cache

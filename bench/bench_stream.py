@@ -12,7 +12,6 @@ of a video; `idle_percent` the share of replayed chunks in which no kernel ran, 
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from raven.schedule import sampling_levels
 from raven.stream import Stream
 from raven.testing import assert_bitwise, relative_rms
 
+pytestmark = pytest.mark.usefixtures("freed")
 WAN = Size()
 TINY = Size(WanConfig(32, 64, 1, 2, 2, 2, 16, 4, 3, (1, 4, 4)), (2, 8, 8), (1, 1, 1), 2)
 OFFICIAL = {"official_frames_per_s": 18.05}  # the official code on an H200, measured earlier
@@ -193,14 +193,6 @@ def busy_and_span(run: Callable[[], object]) -> tuple[float, float, dict[str, fl
     for event in events:
         kernels[event.name] = kernels.get(event.name, 0.0) + event.time_range.end - event.time_range.start
     return busy, reached - ranges[0][0], kernels
-
-
-@pytest.fixture(autouse=True)
-def freed():
-    yield
-    gc.collect()
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
 
 
 def measure(bench, name: str, size: Size = WAN, prompts=1, sink=0, window=None, float8=False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -71,6 +72,15 @@ def pytest_pyfunc_call(pyfuncitem):
         ]
         recorder.leave_out(f"{name}, {op}", reasons[0] if reasons else first_line(error))
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def freed():
+    """Whatever a case held is gone before the next one: models of full size do not fit beside each other."""
+    yield
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
 
 
 class Bench:

@@ -22,8 +22,9 @@ from raven.errors import check_shape
 from raven.losses import chunk_weights, clipped_ratio_loss, consistency_kl, policy_ratio, reinforce_loss, weighted_mean
 from raven.ops import gaussian_log_prob, policy_loss
 from raven.repack import repacked_forward
+from raven.rollout import Rollout
 from raven.schedule import euler_maruyama_kernel, x0_from_velocity
-from raven.stream import Rollout, Stream
+from raven.stream import Stream
 
 KERNELS = ("consistency", "euler_maruyama")
 

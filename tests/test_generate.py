@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoint import WRAPPINGS
 
-import raven.video as video_module
+import raven.generate.video as video_module
 from raven import cli, generate
 from raven.checkpoint import save_checkpoint, write_safetensors
+from raven.generate.request import Request, parse_fp8, parse_switches, read_prompts, stream_options
+from raven.generate.video import count_frames
 from raven.models import CausalWan, WanConfig
-from raven.request import Request, parse_fp8, parse_switches, read_prompts, stream_options
 from raven.stream import Stream
-from raven.video import count_frames
 from raven.worlds import Shapes
 
 RED, BLUE = "a red circle moves left", "a blue square moves up"

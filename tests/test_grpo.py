@@ -16,8 +16,8 @@ from raven.grpo import (
 )
 from raven.losses import policy_ratio, reinforce_loss
 from raven.models import CausalWan, WanConfig
+from raven.rollout import rollout
 from raven.schedule import consistency_kernel, euler_maruyama_kernel, sampling_levels
-from raven.stream import rollout
 
 CHUNKS = (1, 2, 2)
 SHAPE = (2, 4, 4)

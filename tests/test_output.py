@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from raven.handover import Handover
-from raven.output import LatentsFile, Writer
-from raven.video import VideoWriter, count_frames, trim
+from raven.generate.handover import Handover
+from raven.generate.output import LatentsFile, Writer
+from raven.generate.video import VideoWriter, count_frames, trim
 from raven.worlds.pictures import to_uint8
 
 

@@ -5,8 +5,10 @@ import torch
 from tiny_wan import CONFIG, tiny_inputs, tiny_model
 
 from raven.repack import bidirectional_forward, repacked_forward
+from raven.rollout import rollout
+from raven.sampling import sample_bidirectional
 from raven.schedule import sampling_levels
-from raven.stream import Stream, rollout, sample_bidirectional
+from raven.stream import Stream
 
 SHAPE = (4, 4, 4)
 

@@ -13,7 +13,7 @@ import torch
 from tiny_train import CHUNKS, SHAPE, assert_same, brightness, make, tiny
 
 from raven.checkpoint import load_model, save_checkpoint
-from raven.stream import rollout
+from raven.rollout import rollout
 from raven.train import DistillConfig, Interrupted, PolicyConfig, checkpointing, distill, distributed, policy, run
 from raven.train.files import read_settings
 from raven.train.loop import read_metrics

@@ -6,8 +6,8 @@ from tiny_train import CHUNKS, PROMPTS, SHAPE, SIZES, World, assert_same, bright
 
 from raven.losses import flow_matching_loss
 from raven.repack import repacked_forward
+from raven.rollout import rollout
 from raven.schedule import x0_from_velocity
-from raven.stream import rollout
 from raven.train import DistillConfig, PolicyConfig, PretrainConfig, run
 from raven.train.distill import RavenTrainer
 from raven.train.graph import GraphedStep

@@ -13,7 +13,8 @@ import torch
 from raven.demo.media import need
 from raven.demo.numbers import LABELS, METRICS, Record
 from raven.demo.report import write_json
-from raven.stream import Stream, sample_bidirectional
+from raven.sampling import sample_bidirectional
+from raven.stream import Stream
 from raven.worlds import Shapes
 from raven.worlds.pictures import to_uint8
 

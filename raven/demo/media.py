@@ -10,7 +10,7 @@ from types import ModuleType
 
 import numpy as np
 
-from raven.video import INSTALL_HINT, VideoWriter, enlarge
+from raven.generate.video import INSTALL_HINT, VideoWriter, enlarge
 
 __all__ = ["INSTALL_HINT", "VideoWriter", "animated_webp", "enlarge", "grid", "need", "write_mp4"]
 

@@ -18,8 +18,8 @@ import torch
 
 from raven.losses import dmd_loss, flow_matching_loss
 from raven.repack import bidirectional_forward, repacked_forward
+from raven.rollout import rollout
 from raven.schedule import add_noise, sampling_levels, shift_level, x0_from_velocity
-from raven.stream import rollout
 from raven.train import distributed
 from raven.train.base import BaseTrainer, freeze
 from raven.train.config import DistillConfig

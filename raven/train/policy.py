@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from raven.grpo import Transition, cm_grpo_loss, draw_steps, group_advantages, replay, sde_rollout, transition
+from raven.rollout import Rollout, rollout
 from raven.schedule import sampling_levels
-from raven.stream import Rollout, rollout
 from raven.train import distributed
 from raven.train.base import BaseTrainer, freeze
 from raven.train.config import PolicyConfig

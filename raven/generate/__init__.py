@@ -14,11 +14,9 @@ from typing import Any
 import torch
 
 from raven.checkpoint import load_model
-from raven.handover import Decoded, Handover
-from raven.memory import GIB, Estimate, free_memory, require, stream_memory
-from raven.models.config import WanConfig
-from raven.output import LatentsFile, Videos, Writer
-from raven.request import (
+from raven.generate.handover import Decoded, Handover
+from raven.generate.output import LatentsFile, Videos, Writer
+from raven.generate.request import (
     DTYPES,
     Request,
     check_frames,
@@ -34,11 +32,13 @@ from raven.request import (
     read_prompts,
     stream_options,
 )
+from raven.generate.sources import Source, pick_source, read_context
+from raven.generate.video import find_encoder
+from raven.memory import GIB, Estimate, free_memory, require, stream_memory
+from raven.models.config import WanConfig
 from raven.sampling import checked_levels
 from raven.schedule import sampling_levels
-from raven.sources import Source, pick_source, read_context
 from raven.stream import Stream
-from raven.video import find_encoder
 
 __all__ = ["Request", "generate", "read_context"]
 

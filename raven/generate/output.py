@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from raven.video import VideoWriter, count_frames, enlarge
+from raven.generate.video import VideoWriter, count_frames, enlarge
 
 Item = TypeVar("Item")
 # Room for the header of a latents file, so that it can be rewritten in place.

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from raven.checkpoint import load_checkpoint
-from raven.handover import Decode
+from raven.generate.handover import Decode
+from raven.generate.request import Request
 from raven.memory import GIB, free_memory
 from raven.models.config import WanConfig
-from raven.request import Request
 from raven.worlds import Shapes
 from raven.worlds.pictures import to_bytes
 
