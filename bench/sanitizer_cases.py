@@ -70,6 +70,20 @@ def append(cache_dtype: torch.dtype, heads: int, dim: int) -> Sequence[torch.Ten
     return query, cache.k[0][:, :tokens].float(), cache.v[0][:, :tokens].float()
 
 
+def append_some(cache_dtype: torch.dtype, **options) -> Sequence[torch.Tensor]:
+    """Through the op itself: rows in reverse, and tokens that are left out."""
+    tokens, heads, dim = 37, 3, 64
+    q, k, v = (draw(1, tokens, heads, dim) for _ in range(3))
+    weights = [draw(heads * dim, dtype=torch.float32) for _ in range(2)]
+    positions = torch.arange(3 * tokens, dtype=torch.int32).view(tokens, 3).cuda()
+    slots = torch.tensor([-token if token % 3 == 1 else tokens - 1 - token for token in range(tokens)])
+    caches = [torch.zeros(1, tokens, heads, dim).cuda().to(cache_dtype) for _ in range(2)]
+    scales = [torch.zeros(1, tokens, heads).cuda() for _ in range(2)] if cache_dtype == torch.float8_e4m3fn else []
+    op = torch.ops.raven.kv_append_float8 if scales else torch.ops.raven.kv_append
+    query = op(q, k, v, *weights, positions, slots.int().cuda(), *caches, *scales, 1e-6, 1e4, False, **options)
+    return query, *(x.float() for x in caches), *scales
+
+
 ODD = (2, 3, 5, 7, 9)  # element by element
 EVEN = (2, 2, 5, 48, 52)  # by vectors; a run is more than one piece
 
@@ -118,6 +132,9 @@ CASES: dict[str, Callable[[], Sequence[torch.Tensor]]] = (
         "kv_append bfloat16 40 heads": lambda: append(torch.bfloat16, 40, 128),
         "kv_append float8 3 heads": lambda: append(torch.float8_e4m3fn, 3, 64),
         "kv_append float8 12 heads": lambda: append(torch.float8_e4m3fn, 12, 128),
+        "kv_append bfloat16 some rows": lambda: append_some(torch.bfloat16),
+        "kv_append bfloat16 some rows, raw": lambda: append_some(torch.bfloat16, rotate_keys=False),
+        "kv_append float8 some rows": lambda: append_some(torch.float8_e4m3fn),
     }
     | {
         f"{op.__name__} {how} {str(v)[6:]} {str(x)[6:]}": lambda op=op, shape=shape, dtypes=(v, x): op(shape, dtypes)

@@ -25,7 +25,7 @@ struct Arguments {
     const std::optional<Tensor>& slots;
     const Tensor& frequencies;
     double eps;
-    bool per_head;
+    bool per_head, rotate_keys;
 };
 
 template <typename T>
@@ -56,6 +56,7 @@ void run(const Arguments& a) {
     job.length = static_cast<uint32_t>(length);
     job.dim = static_cast<int>(dim);
     job.per_head = a.per_head;
+    job.rotate_keys = a.rotate_keys;
     job.eps = static_cast<float>(a.eps);
     check_cuda(launch_rows<Stored>(job, current_stream(a.q)), "norm_rope_rows");
 }
@@ -73,7 +74,7 @@ void norm_rope_rows_op(Tensor q, Tensor k, std::optional<Tensor> v, Tensor q_out
                        std::optional<Tensor> v_out, std::optional<Tensor> k_scale, std::optional<Tensor> v_scale,
                        std::optional<Tensor> q_weight, int64_t q_weight_dtype, std::optional<Tensor> k_weight,
                        int64_t k_weight_dtype, Tensor positions, std::optional<Tensor> slots, Tensor frequencies,
-                       double eps, bool per_head) {
+                       double eps, bool per_head, bool rotate_keys) {
     const Arguments a{q,
                       k,
                       v,
@@ -88,7 +89,8 @@ void norm_rope_rows_op(Tensor q, Tensor k, std::optional<Tensor> v, Tensor q_out
                       slots,
                       frequencies,
                       eps,
-                      per_head};
+                      per_head,
+                      rotate_keys};
     switch (q.scalar_type()) {
         case ScalarType::BFloat16:
             return run_stored<__nv_bfloat16>(a);
@@ -106,7 +108,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(raven_cuda, m) {
     m.def(
         "norm_rope_rows(Tensor q, Tensor k, Tensor? v, Tensor(a!) q_out, Tensor(b!) k_out, Tensor(c!)? v_out, "
         "Tensor(d!)? k_scale, Tensor(e!)? v_scale, Tensor? q_weight, int q_weight_dtype, Tensor? k_weight, "
-        "int k_weight_dtype, Tensor positions, Tensor? slots, Tensor frequencies, float eps, bool per_head) -> ()");
+        "int k_weight_dtype, Tensor positions, Tensor? slots, Tensor frequencies, float eps, bool per_head, bool "
+        "rotate_keys) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(raven_cuda, CUDA, m) { m.impl("norm_rope_rows", TORCH_BOX(&raven::norm_rope_rows_op)); }

@@ -143,7 +143,7 @@ def _(
 def _run(
     q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, k_scale, v_scale, rotate_keys, eps, theta, per_head
 ):
-    backend = backends.select("kv_append", q, k, v, q_weight, k_weight, k_cache, v_cache, rotate_keys)
+    backend = backends.select("kv_append", q, k, v, q_weight, k_weight, k_cache, v_cache)
     if backend == "cuda":
         run = _cuda_append
     elif backend == "triton":
@@ -157,14 +157,13 @@ def _run(
 def _cuda_append(
     q, k, v, q_weight, k_weight, positions, slots, k_cache, v_cache, eps, theta, per_head, k_scale, v_scale, rotate_keys
 ):
-    assert rotate_keys  # ``_cuda_reason`` leaves the other case to Triton
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.shape[0] * q.shape[1]:
         with torch.cuda.device_of(q):
             torch.ops.raven_cuda.norm_rope_rows(
                 *map(rows.aligned_rows, (q, k, v)), q_out, k_cache, v_cache, k_scale, v_scale,
                 *weight_arguments(q_weight), *weight_arguments(k_weight), positions.contiguous(), slots.contiguous(),
-                rows.frequency_table(q.shape[-1], theta, q.device), eps, per_head,
+                rows.frequency_table(q.shape[-1], theta, q.device), eps, per_head, rotate_keys,
             )  # fmt: skip
     return q_out
 
@@ -175,8 +174,6 @@ def _caches(tensors: tuple[object, ...]) -> list[tuple[str, torch.Tensor]]:
 
 
 def _cuda_reason(*tensors: object) -> str | None:
-    if tensors[7:8] == (False,):
-        return "keys are stored raw, and this kernel rotates them"
     q = tensors[0] if tensors else None
     for name, x in _caches(tensors):
         if isinstance(q, torch.Tensor) and x.dtype not in (q.dtype, torch.float8_e4m3fn):

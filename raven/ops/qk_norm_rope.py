@@ -129,7 +129,7 @@ def _cuda_forward(q, k, q_weight, k_weight, positions, eps, theta, per_head):
             torch.ops.raven_cuda.norm_rope_rows(
                 rows.aligned_rows(q), rows.aligned_rows(k), None, q_out, k_out, None, None, None,
                 *weight_arguments(q_weight), *weight_arguments(k_weight), positions.contiguous(), None,
-                rows.frequency_table(q.shape[-1], theta, q.device), eps, per_head,
+                rows.frequency_table(q.shape[-1], theta, q.device), eps, per_head, True,
             )  # fmt: skip
     return q_out, k_out
 

@@ -40,7 +40,7 @@ struct RowJob {
     uint32_t rows;               // of a token: 2, or 3 with v
     uint32_t first_blocks;       // that are resident when the kernel starts
     int dim;
-    bool per_head;
+    bool per_head, rotate_keys;  // without: k is normed alone
     float eps;
 };
 
@@ -208,12 +208,15 @@ __global__ void __launch_bounds__(32 * S::kTeam * kTeams<S>, kRowBlocks<T, Store
     for (int i = 0; i < N; ++i) {
         if (S::kFull || i * S::kStride < left) row[i] = load(from + i * S::kStride * 8);
     }
-    const int64_t to = which == 0 || job.slots == nullptr ? token : job.slots[token];
+    int64_t to = token;
+    if (which != 0 && job.slots != nullptr) to = job.slots[token];
 
     float cos[4], sin[4], rstd[N];
     if (which < 2) {
         const FourPairs pairs(reinterpret_cast<const uint64_t*>(job.frequencies), lane % head_lanes * 4, job.dim);
-        pairs.at<sizeof(T) == 2>(load_position(job.positions + b * job.position_batch + 3ll * token), cos, sin);
+        const bool turned = which == 0 || job.rotate_keys;
+        const auto place = turned ? load_position(job.positions + b * job.position_batch + 3ll * token) : Position{};
+        pairs.at<sizeof(T) == 2>(place, cos, sin);
     }
     if (has_norm) {
         float sum = 0.0f;
