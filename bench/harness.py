@@ -18,8 +18,6 @@ measured once, at the first of those rows, and count for all.
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cached_property
@@ -28,10 +26,8 @@ from typing import Any
 
 import torch
 
-import raven
-from raven.backends import triton_version
 from raven.bench import format_table, write_results
-from raven.testing import copy_rate, matmul_rate, time_ms
+from raven.testing import copy_rate, describe_machine, matmul_rate, time_ms
 
 Run = Callable[[], object]
 Runs = Run | Sequence[Run]
@@ -188,20 +184,3 @@ def first_line(error: BaseException) -> str:
     """Kind and first line of an error, as a reason."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
-
-
-def describe_machine(device: str = DEVICE) -> dict[str, Any]:
-    """``gpu`` (name or ``None``), ``cpu``, ``date`` and ``versions``."""
-    return {
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "raven": raven.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "triton": triton_version(),
-        },
-    }

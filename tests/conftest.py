@@ -4,6 +4,7 @@ import signal
 
 import pytest
 import torch
+from record import pytest_addoption, pytest_terminal_summary  # noqa: F401  pytest finds hooks here
 
 import raven
 from raven import backends, native

@@ -8,6 +8,7 @@ from raven.testing.compare import (
     tolerance,
 )
 from raven.testing.layouts import KINDS, RandomMask, random_mask
+from raven.testing.machine import describe_machine
 from raven.testing.memory import guarded, poison_freed_memory, poisoned_memory
 from raven.testing.oracles import attention_oracle
 from raven.testing.timers import copy_rate, matmul_rate, peak_extra_bytes, time_ms
@@ -20,6 +21,7 @@ __all__ = [
     "assert_bitwise",
     "attention_oracle",
     "copy_rate",
+    "describe_machine",
     "guarded",
     "matmul_rate",
     "peak_extra_bytes",
