@@ -9,6 +9,9 @@ from record import pytest_addoption, pytest_terminal_summary  # noqa: F401  pyte
 import raven
 from raven import backends, native
 
+# Assertions of shared helpers show their values as those of a test do.
+pytest.register_assert_rewrite("attention_cases", "log_prob_cases", "rope_cases")
+
 
 def pytest_collection_modifyitems(items):
     for item in items:

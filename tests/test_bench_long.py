@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from test_bench import module_of
+from bench_files import module_of
 
 from raven._bench_plots import plot_results
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from test_bench import BENCH, arguments, module_of, stored
+from bench_files import BENCH, arguments, module_of, stored
 from torch.utils.flop_counter import FlopCounterMode
 
 from raven import bench, cli

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_qk_norm_rope import assert_rounded, in_double, make
+from rope_cases import assert_rounded, in_double, make
 
 import raven
 from raven.cache import KVCache

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_qk_norm_rope import assert_rounded
+from rope_cases import assert_rounded
 
 import raven
 from raven.ops import qk_norm_rope, read_rows
