@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from attention_cases import LAYOUTS, check, check_nan_outside, check_spans, check_strided, make, want_of
+from attention_cases import LAYOUTS, SHORT, check, check_nan_outside, check_spans, check_strided, make, want_of
 
 import raven
 from raven.layout import ChunkLayout
@@ -28,7 +28,7 @@ def test_interpreted_kernels_equal_dense(name, triton_backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_interpreted_dtypes_and_heads(dtype, shape, triton_backend):
     D, H, Hkv = shape
-    check(LAYOUTS["clean_first"], dtype, head_dim=D, heads=H, key_heads=Hkv, batch=1, scale=0.21)
+    check(SHORT, dtype, head_dim=D, heads=H, key_heads=Hkv, batch=1, scale=0.21)
 
 
 @pytest.mark.gpu
@@ -81,8 +81,7 @@ def deterministic():
         torch.use_deterministic_algorithms(False)
 
 
-def check_batch_bits(device, dtype):
-    layout = LAYOUTS["sink_window"]
+def check_batch_bits(device, dtype, layout):
     inputs, grad = make(layout, dtype, 64, 4, 2, batch=3, device=device)
     alone = [x.detach()[1:2].contiguous().requires_grad_() for x in inputs]
     out, lse = chunk_attention(*inputs, layout, return_lse=True)
@@ -96,22 +95,22 @@ def check_batch_bits(device, dtype):
 
 @pytest.mark.interpret
 def test_interpreted_same_bits_in_a_batch(triton_backend):
-    check_batch_bits("cpu", torch.float32)
+    check_batch_bits("cpu", torch.float32, SHORT)
 
 
 @pytest.mark.gpu
 def test_gpu_same_bits_in_a_batch():
-    check_batch_bits("cuda", torch.bfloat16)
+    check_batch_bits("cuda", torch.bfloat16, LAYOUTS["sink_window"])
 
 
 @pytest.mark.interpret
 def test_interpreted_strided(triton_backend):
-    check_strided("cpu", torch.float32, assert_bitwise)
+    check_strided("cpu", torch.float32, assert_bitwise, SHORT)
 
 
 @pytest.mark.gpu
 def test_gpu_strided():
-    check_strided("cuda", torch.bfloat16, assert_bitwise)
+    check_strided("cuda", torch.bfloat16, assert_bitwise, LAYOUTS["interleaved"])
 
 
 @pytest.mark.gpu
