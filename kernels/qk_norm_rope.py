@@ -216,6 +216,14 @@ def two_means(
 
 
 @triton.jit
+def heads_there(values, HEADS: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr):
+    """Zero for heads that are not there: without an eps, the norm of a head of zeros is NaN."""
+    if FIRST + ROWS > HEADS:
+        values = tl.where(FIRST + tl.arange(0, ROWS)[:, None] < HEADS, values, 0.0)
+    return values
+
+
+@triton.jit
 def _backward_rows(
     x_ptr, grad_ptr, weight_ptr, grad_x_ptr, partial_ptr, position_ptr, frequency, total, length,
     x_batch, x_token, grad_batch, grad_token, position_batch, eps,
@@ -259,9 +267,9 @@ def _backward_rows(
         store_row(grad_x_ptr + n.to(tl.int64) * (HEADS * DIM), grad_a, grad_b, HEADS, A, B, DIM)
     if WEIGHT_GRAD:
         if PER_HEAD:
-            share = tl.sum(sum_a, axis=0)
+            share = tl.sum(heads_there(sum_a, HEADS, 0, A), axis=0)
             if B > 0:
-                share += tl.sum(sum_b, axis=0)
+                share += tl.sum(heads_there(sum_b, HEADS, A, B), axis=0)
             tl.store(partial_ptr + tl.program_id(0) * DIM + tl.arange(0, DIM), share)
         else:
             store_row(partial_ptr + tl.program_id(0) * (HEADS * DIM), sum_a, sum_b, HEADS, A, B, DIM)

@@ -67,6 +67,23 @@ def test_interpreted(triton_backend, poisoned, configured, case):
     check_against_reference(strided(make(**{"L": 3, "frames": 100_000} | case)), case.get("per_head", False))
 
 
+def check_weights_without_eps(arguments):
+    """Three heads lie in a block of four, of which the last, all zeros, has no norm without an eps."""
+    leaves = [x.requires_grad_() if x.is_floating_point() else x for x in arguments]
+    q, k = qk_norm_rope(*leaves, eps=0.0, per_head=True)
+    (q.square().sum() + k.square().sum()).backward()
+    doubles = [x.requires_grad_() if x.is_floating_point() else x for x in in_double(arguments)]
+    q, k = reference.qk_norm_rope(*doubles, eps=0.0, per_head=True)
+    (q.square().sum() + k.square().sum()).backward()
+    for got, want in zip(leaves[2:4], doubles[2:4], strict=True):
+        torch.testing.assert_close(got.grad.double(), want.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.interpret
+def test_interpreted_weights_without_eps(triton_backend):
+    check_weights_without_eps(make(H=3, Hk=3, D=32, per_head=True))
+
+
 @pytest.mark.interpret
 def test_interpreted_alone_as_in_batch(triton_backend):
     check_alone_as_in_batch(make(L=2))
@@ -175,6 +192,11 @@ def test_gpu_in_a_graph():
         graph.replay()
         for got, want in zip((*outputs, *gradients), expected[0] + expected[1], strict=True):
             assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_gpu_weights_without_eps():
+    check_weights_without_eps(on_gpu(H=3, Hk=3, D=32, per_head=True))
 
 
 @pytest.mark.gpu
