@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from raven.models.layers import Attend, Block
 from raven.ops import chunk_attention
 
 if TYPE_CHECKING:
     from raven.layout import ChunkLayout
-    from raven.models.packing import Packing
+    from raven.models.packing import LastSegment, Packing
     from raven.spans import Spans
 
 MODES = ("none", "selective", "full")
@@ -29,33 +30,46 @@ def checkpointing_mode(value: str | bool) -> str:
     return value
 
 
-def checkpointed(
-    mode: str,
-    block: nn.Module,
-    x: torch.Tensor,
-    levels: torch.Tensor,
-    lengths: Sequence[int],
-    text: tuple[torch.Tensor, torch.Tensor],
-    layer: int,
-    attend: Callable[..., torch.Tensor],
-    keep: Packing | None,
-) -> torch.Tensor:
-    """``block(x, levels, lengths, text, layer, attend, keep)``, run again in the backward pass ("selective", "full").
+class RecomputedBlock(Block):
+    """A ``Block`` whose backward pass may run it again.
 
-    That second run may leave out what only the result's values need.
-
-    "selective" keeps the outputs and statistics of the self-attention and recomputes the rest. The first run builds
-    no graph, so it takes the paths that need none. ``attend`` must call its keyword argument ``attention`` once.
+    Both runs are inside one call of the module, so what gathers its weights around that call and its backward pass, as
+    FSDP does, has them ready for the second run too.
     """
 
-    def run(x, levels, k, v, attention, output=True):
-        return block(x, levels, lengths, (k, v), layer, partial(attend, attention=attention), keep, output)
+    def forward(
+        self,
+        x: torch.Tensor,
+        levels: torch.Tensor,
+        lengths: Sequence[int],
+        text: tuple[torch.Tensor, torch.Tensor],
+        layer: int,
+        attend: Attend,
+        keep: Packing | LastSegment | None = None,
+        mode: str = "none",
+        attention_only: bool = False,
+    ) -> torch.Tensor:
+        """As ``Block``; ``mode`` is one of ``MODES``. ``attention_only`` ends before the attention's projection.
 
-    def weights() -> list[nn.Parameter]:
-        return [weight for weight in block.parameters() if weight.requires_grad]
+        The second run may leave out what only the result's values need.
 
-    # The weights are arguments as well: their gradients then come out of this one node.
-    return _Checkpointed.apply(run, weights, mode == "selective", x, levels, *text, *weights())
+        "selective" keeps the outputs and statistics of the self-attention and recomputes the rest. The first run builds
+        no graph, so it takes the paths that need none. ``attend`` must call its keyword argument ``attention`` once.
+        """
+        if attention_only:
+            return self.attention(x, self.table(levels), lengths, layer, attend)
+        once = super().forward
+        if mode == "none":
+            return once(x, levels, lengths, text, layer, attend, keep)
+
+        def run(x, levels, k, v, attention, output=True):
+            return once(x, levels, lengths, (k, v), layer, partial(attend, attention=attention), keep, output)
+
+        def weights() -> list[nn.Parameter]:
+            return [weight for weight in self.parameters() if weight.requires_grad]
+
+        # The weights are arguments as well: their gradients then come out of this one node.
+        return _Checkpointed.apply(run, weights, mode == "selective", x, levels, *text, *weights())
 
 
 class _Checkpointed(torch.autograd.Function):

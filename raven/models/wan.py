@@ -19,7 +19,7 @@ from raven.errors import check_dtype, check_level, check_same_device, check_shap
 from raven.graphs import held_by_graphs
 from raven.layout import ChunkLayout
 from raven.models.config import WanConfig
-from raven.models.layers import Attend, Block, Head, StopWhere, wide
+from raven.models.layers import Attend, Head, StopWhere, wide
 from raven.models.packing import (
     LastSegment,
     Packing,
@@ -29,7 +29,7 @@ from raven.models.packing import (
     patchify,
     unpatchify,
 )
-from raven.models.recompute import checkpointed, checkpointing_mode
+from raven.models.recompute import RecomputedBlock, checkpointing_mode
 from raven.ops import chunk_attention, kv_append, qk_norm_rope
 from raven.spans import Spans
 
@@ -107,7 +107,7 @@ class CausalWan(nn.Module):
         )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(RecomputedBlock(config) for _ in range(config.num_layers))
         self.head = Head(config)
         self.reset_parameters()
 
@@ -173,6 +173,9 @@ class CausalWan(nn.Module):
         A ``TextCache`` is returned as it is. Raises ``ValueError`` for a prompt that is too long or too wide,
         ``TypeError`` for one that is not a tensor.
         """
+        return self._text(context)
+
+    def _text(self, context: Context) -> TextCache:
         if isinstance(context, TextCache):
             return context
         if not isinstance(context, torch.Tensor | Sequence):
@@ -231,7 +234,7 @@ class CausalWan(nn.Module):
         _, ph, pw = config.patch_size
         rows, columns = x.shape[3] // ph, x.shape[4] // pw
         patches = patchify(x, config.patch_size)
-        text = self.encode_text(context)
+        text = self._text(context)
         if len(text) != x.shape[0]:
             raise ValueError(f"context: got {len(text)} prompts, expected one for each of the {x.shape[0]} samples")
         keep: Packing | LastSegment | None = None
@@ -263,14 +266,11 @@ class CausalWan(nn.Module):
         time, table = self.embed_levels(levels)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            if write_only and i == last:
-                block.attention(tokens, block.table(table), lengths, i, attend)
-                return None
             args = (tokens, table, lengths, (text.k[i], text.v[i]), i, attend, keep if i == last else None)
-            if self.gradient_checkpointing != "none" and torch.is_grad_enabled():
-                tokens = checkpointed(self.gradient_checkpointing, block, *args)
-            else:
-                tokens = block(*args)
+            if write_only and i == last:
+                block(*args, attention_only=True)
+                return None
+            tokens = block(*args, self.gradient_checkpointing if torch.is_grad_enabled() else "none")
         if keep is not None:
             time, lengths = time.index_select(1, keep.noisy_index), keep.noisy_lengths
         out = self.head(tokens, time, lengths)

@@ -7,7 +7,7 @@ rank (the seed of a step depends on the rank), and one all-reduce of all gradien
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -34,8 +34,9 @@ def process_group(device: str | torch.device | None = None) -> Iterator[torch.de
     """Join the process group that ``torchrun`` describes, if it does, and yield this process's device.
 
     NCCL on GPUs (one per process), gloo on CPUs. ``device``: ``"cpu"``, ``"cuda"`` or None for what there is. Raises
-    ``ValueError`` for another device, when CUDA is asked for and there is none, or when there are more local processes
-    than GPUs.
+    ``ValueError`` for another device, when CUDA is asked for and there is none, when there are more local processes
+    than GPUs, or when several processes are to share one GPU (``"cuda:0"``). After an error inside, NCCL's connections
+    are cut instead of closed: closing waits for the other ranks, who may be waiting for this one.
     """
     try:
         kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,6 +49,8 @@ def process_group(device: str | torch.device | None = None) -> Iterator[torch.de
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "cuda":
         index = torch.device(device).index if device is not None else None
+        if index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise ValueError(f"device: got {device!r} in each of several processes, expected 'cuda' (a GPU for each)")
         index = local if index is None else index
         if index >= torch.cuda.device_count():
             raise ValueError(f"device: got cuda:{index}, expected an index below {torch.cuda.device_count()}")
@@ -61,6 +64,10 @@ def process_group(device: str | torch.device | None = None) -> Iterator[torch.de
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=chosen if kind == "cuda" else None)
     try:
         yield chosen
+    except BaseException:
+        if kind == "cuda":
+            dist.group.WORLD.abort()
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -110,6 +117,15 @@ def gather(values: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(values) for _ in range(world_size())]
     dist.all_gather(parts, values.contiguous())
     return torch.cat(parts)
+
+
+def average(values: Mapping[str, float | torch.Tensor], device: torch.device | str = "cpu") -> dict[str, float]:
+    """Every number (0-d tensors too) as its mean over all ranks, which must give the same names in the same order."""
+    if world_size() == 1 or not values:
+        return {name: float(value) for name, value in values.items()}
+    flat = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values.values()])
+    dist.all_reduce(flat)
+    return dict(zip(values, (flat / world_size()).tolist(), strict=True))
 
 
 def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:

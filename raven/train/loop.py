@@ -92,8 +92,9 @@ def _progress_bar(total: int, initial: int, desc: str) -> Any:
     return tqdm(total=total, initial=initial, desc=desc, dynamic_ncols=True, file=sys.stderr)
 
 
-def _numbers(metrics: Mapping[str, float | torch.Tensor], step: int) -> dict[str, float]:
-    numbers = {name: float(value) for name, value in metrics.items()}
+def _numbers(metrics: Mapping[str, float | torch.Tensor], step: int, device: torch.device) -> dict[str, float]:
+    """Means over all ranks: they say what one process with every rank's batch would, and all ranks stop at the same."""
+    numbers = distributed.average(metrics, device)
     for name, value in numbers.items():
         if not math.isfinite(value):
             raise FloatingPointError(f"{name} is {value} at step {step}; lower the learning rate or clip gradients")
@@ -137,7 +138,7 @@ def run(
 
     A resumed run takes the same steps as one that was never stopped. ``directory`` gets ``checkpoint.pt`` (every
     ``save_every`` steps, at the end, and on Ctrl-C or SIGTERM) and ``log``, one JSON record of metrics per
-    ``log_every`` steps. Returns the records of the whole run.
+    ``log_every`` steps, averaged over the ranks. Returns the records of the whole run.
 
     Under ``torchrun`` rank 0 writes; the others wait for it. Raises ``Interrupted`` after a clean stop, ``OSError``
     when something cannot be written (an earlier checkpoint stays intact), ``ValueError`` when the checkpoint found is
@@ -176,7 +177,7 @@ def run(
                 metrics = trainer.step()
                 done = trainer.steps_done
                 if done % log_every == 0 or done == steps:
-                    numbers = _numbers(metrics, done)
+                    numbers = _numbers(metrics, done, device)
                     if log_file:
                         log_file.write(json.dumps({"step": done, **numbers}) + "\n")
                         log_file.flush()
