@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from raven.kernels.quantize_rows import float8_scale, larger
 from raven.segments import segment_of_tokens
 
 # How work is cut. A tuning script may change it, and calls ``cut.cache_clear()`` after each change.
@@ -30,6 +31,7 @@ CONFIGS = {
 # Multiplications and additions are joined where the kernel says so, not where the compiler finds it convenient: a token
 # has the same bits with a gate and without, with segments of one length and of several.
 ARITHMETIC = {"enable_fp_fusion": False}
+TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 MOST_IN_GRID = 65535  # programs along the second and third axis: CUDA C programming guide, "technical specifications"
 
 
@@ -107,30 +109,42 @@ def without_padding(values, C: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.const
 
 
 @triton.jit
-def rounded(values, like):
-    """In float32, as ``like``'s dtype would hold them."""
-    if like.dtype.element_ty == tl.bfloat16:
+def rounded(values, DTYPE: tl.constexpr):
+    """In float32, as that dtype would hold them."""
+    if DTYPE == tl.bfloat16:
         # Two at a time: the compiler would convert one by one, at an eighth of the rate, what is both stored and read.
         values = tl.inline_asm_elementwise(
             "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000; }",
             "=r,=r,r,r", [values], dtype=tl.float32, is_pure=True, pack=2,
         )  # fmt: skip
     else:
-        values = values.to(like.dtype.element_ty).to(tl.float32)
+        values = values.to(DTYPE).to(tl.float32)
     return values
+
+
+@triton.jit
+def largest(a, b, A: tl.constexpr, B: tl.constexpr):
+    """The largest magnitude of a row in two parts, in one exchange between threads; a NaN anywhere is the result."""
+    a = tl.abs(a)
+    if B > 0:
+        a = larger(tl.reduce(tl.reshape(a, [A // B, B]), 0, larger), tl.abs(b))
+    return tl.reduce(a, 0, larger)
 
 
 @triton.jit(do_not_specialize=["tokens", "length"])
 def _forward_kernel(
-    x_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, total_ptr, y_ptr, stats_ptr, segment_ptr, tokens, length,
+    x_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, total_ptr, y_ptr, y_scale_ptr, stats_ptr, segment_ptr,
+    tokens, length,
     x_batch, x_token, branch_batch, branch_token, gate_batch, gate_segment, shift_batch, shift_segment,
     scale_batch, scale_segment, eps, C: tl.constexpr, A: tl.constexpr, B: tl.constexpr, AFFINE: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Programs (token of a segment, segment, batch entry); (token of the batch) where segments are listed by token.
 
     x, branch [B, L, C] with any batch and token stride to packed total and y; a missing pointer leaves its part out.
 
-    Without a branch the rows of x are normalised; without y they are only added up.
+    Without a branch the rows of x are normalised; without y they are only added up. With y_scale [B, L], y is rounded
+    to DTYPE and quantised from there, by the rule of `quantize_rows`.
     """
     if segment_ptr is None:
         segment = tl.program_id(1)
@@ -159,8 +173,8 @@ def _forward_kernel(
         else:
             a += added_a
             b += added_b
-        a = rounded(a, total_ptr)
-        b = rounded(b, total_ptr)
+        a = rounded(a, total_ptr.dtype.element_ty)
+        b = rounded(b, total_ptr.dtype.element_ty)
         store_row(total_ptr + row * C, a, b, C, A, B)
     if y_ptr is not None:
         a = a.to(tl.float32)
@@ -176,13 +190,21 @@ def _forward_kernel(
         a = without_padding(a - mean, C, 0, A)
         b = without_padding(b - mean, C, A, B) if B > 0 else a
         rstd = tl.rsqrt(tl.sum(folded(a * a, b * b, A, B)) / C + eps)
-        tl.store(stats_ptr + 2 * row, mean)
-        tl.store(stats_ptr + 2 * row + 1, rstd)
+        if stats_ptr is not None:
+            tl.store(stats_ptr + 2 * row, mean)
+            tl.store(stats_ptr + 2 * row + 1, rstd)
         if branch_ptr is None:
             scale_a, scale_b = load_row(scale, C, A, B, "evict_last")
             shift_a, shift_b = load_row(shift, C, A, B, "evict_last")
         a = tl.fma(a, scaled(scale_a, rstd, AFFINE), shift_a.to(tl.float32))
         b = tl.fma(b, scaled(scale_b, rstd, AFFINE), shift_b.to(tl.float32))
+        if y_scale_ptr is not None:
+            a = rounded(a, DTYPE)
+            b = rounded(b, DTYPE)
+            y_scale, factor = float8_scale(largest(a, b, A, B))
+            tl.store(y_scale_ptr + row, y_scale)
+            a *= factor
+            b *= factor
         store_row(y_ptr + row * C, a, b, C, A, B)
 
 
@@ -225,20 +247,21 @@ def segments_of(*tables: Tensor | None) -> int:
 
 def forward(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-    lengths: Sequence[int] | None, eps: float, dtype: torch.dtype | None,
+    lengths: Sequence[int] | None, eps: float, dtype: torch.dtype | None, quantize: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """``(x_new, y, statistics)`` as ``raven.ops.gated_residual`` defines them, each ``None`` where it is not asked for.
 
     No branch: x is only normalised. No scale: no norm. ``lengths``: ``None`` for segments of one length. Statistics are
-    written whether or not a backward will need them: one kernel for both gives both the same bits.
+    written whether or not a backward will need them: one kernel for both gives both the same bits. ``quantize``: y of
+    that dtype in float8, and its scales ``[B, L]`` in place of the statistics.
     """
     B, L, C = x.shape
-    total, y, stats = (None if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)), None, None
+    total, y, last = (None if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)), None, None
     if scale is not None:
-        y = torch.empty(x.shape, dtype=dtype, device=x.device)
-        stats = torch.empty((B, L, 2), dtype=torch.float32, device=x.device)
+        y = torch.empty(x.shape, dtype=torch.float8_e4m3fn if quantize else dtype, device=x.device)
+        last = torch.empty((B, L) if quantize else (B, L, 2), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
-        return total, y, stats
+        return total, y, last
     x, branch, gate, shift, scale = map(channel_rows, (x, branch, gate, shift, scale))
     a, b, warps = cut("norm" if branch is None else "forward", C)
     affine, segments = scale is not None and scale.ndim == 1, segments_of(gate, scale)
@@ -247,12 +270,12 @@ def forward(
     grid = (B * L,) if lengths is not None else (L // segments, segments, B)
     with torch.cuda.device_of(x):
         _forward_kernel[grid](
-            x, branch, gate, shift, scale, total, y, stats, segment_of_tokens(lengths, x.device),
-            L, L // segments,
+            x, branch, gate, shift, scale, total, y, last if quantize else None, None if quantize else last,
+            segment_of_tokens(lengths, x.device), L, L // segments,
             *strides(x), *strides(branch), *strides(gate), *strides(shift), *strides(scale), eps,
-            C, a, b, affine, num_warps=warps, **ARITHMETIC,
+            C, a, b, affine, TRITON_DTYPES[dtype] if quantize else None, num_warps=warps, **ARITHMETIC,
         )  # fmt: skip
-    return total, y, stats
+    return total, y, last
 
 
 # (channels, dtype of x and y, of the branch, of the tables, whether gated, norm or not, learned affine, ragged)
@@ -277,13 +300,19 @@ def stride_names(*names: str, along: str = "token") -> list[str]:
     return [f"{name}_{stride}" for name in names for stride in ("batch", along)]
 
 
-def aot_cases() -> Iterator[tuple]:
+def aot_cases(capability: int) -> Iterator[tuple]:
     """Cases for ahead-of-time compilation: (kernel, signature, constants, options)."""
     numbers = dict.fromkeys(["tokens", "length", *stride_names("x", "branch")], "i32")
     numbers |= dict.fromkeys(stride_names("gate", "shift", "scale", along="segment"), "i32") | {"eps": "fp32"}
-    for channels, dtype, branch, table, gated, norm, affine, ragged in AOT_SHAPES:
+    # Below compute capability 8.9 there are no float8 instructions; the launcher is not reached there.
+    float8 = "fp8e4nv" if capability >= 89 else "fp16"
+    names = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+    shapes = [(*shape, quantize) for quantize in (False, True) for shape in AOT_SHAPES if shape[5] or not quantize]
+    for channels, dtype, branch, table, gated, norm, affine, ragged, quantize in shapes:
         pointers = {"x_ptr": dtype, "branch_ptr": branch, "total_ptr": branch and dtype, "gate_ptr": gated and table}
-        pointers |= dict.fromkeys(("shift_ptr", "scale_ptr"), norm and table) | {"y_ptr": norm and dtype}
-        pointers |= {"stats_ptr": norm and "fp32", "segment_ptr": ragged and "i32"}
+        pointers |= dict.fromkeys(("shift_ptr", "scale_ptr"), norm and table)
+        pointers |= {"y_ptr": float8 if quantize else norm and dtype, "y_scale_ptr": quantize and "fp32"}
+        pointers |= {"stats_ptr": norm and not quantize and "fp32", "segment_ptr": ragged and "i32"}
+        constants = {"AFFINE": affine, "DTYPE": names[dtype] if quantize else None}
         kind = "forward" if branch else "norm"
-        yield aot_case(_forward_kernel, kind, channels, pointers, numbers, {"AFFINE": affine}, **ARITHMETIC)
+        yield aot_case(_forward_kernel, kind, channels, pointers, numbers, constants, **ARITHMETIC)

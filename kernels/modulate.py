@@ -17,6 +17,7 @@ def forward(
     lengths: Sequence[int] | None,
     eps: float,
     dtype: torch.dtype,
+    quantize: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``(y, statistics)``; arguments as in ``raven.ops.modulate``."""
-    return kernels.forward(x, None, None, shift, scale, lengths, eps, dtype)[1:]
+    """``(y, statistics)``, or quantised ``(y, its scales)``; arguments as in ``raven.ops.modulate``."""
+    return kernels.forward(x, None, None, shift, scale, lengths, eps, dtype, quantize)[1:]

@@ -21,9 +21,16 @@ CONFIG = {"elements": 96, "warps": 1, "together": 2048}
 
 
 @triton.jit
-def _larger(a, b):
+def larger(a, b):
     """The larger of two magnitudes; a NaN stays one."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def float8_scale(amax):
+    """Scale of rows with these largest magnitudes, and what their numbers are multiplied by; 2^-64 is the least."""
+    amax = larger(amax, 5.421010862427522e-20)
+    return tl.div_rn(amax, 448.0), tl.div_rn(448.0, amax)
 
 
 @triton.jit
@@ -57,13 +64,12 @@ def _quantize_kernel(
     else:
         inside = n < rows
     a = load_part(x_ptr + n * row_stride, inside, C, 0, A, GELU)
-    amax = tl.reduce(tl.abs(a), 1, _larger, keep_dims=True)
+    amax = tl.reduce(tl.abs(a), 1, larger, keep_dims=True)
     if B > 0:
         b = load_part(x_ptr + n * row_stride, inside, C, A, B, GELU)
-        amax = _larger(amax, tl.reduce(tl.abs(b), 1, _larger, keep_dims=True))
-    amax = _larger(amax, 5.421010862427522e-20)  # 2^-64
-    tl.store(scale_ptr + n, tl.div_rn(amax, 448.0), mask=inside)
-    factor = tl.div_rn(448.0, amax)
+        amax = larger(amax, tl.reduce(tl.abs(b), 1, larger, keep_dims=True))
+    scale, factor = float8_scale(amax)
+    tl.store(scale_ptr + n, scale, mask=inside)
     store_part(out_ptr + n * C, a * factor, inside, C, 0, A)
     if B > 0:
         store_part(out_ptr + n * C, b * factor, inside, C, A, B)

@@ -8,6 +8,7 @@ scaled back and multiplied as they are: the same result but for the sums' roundi
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,20 @@ PARTS = {"self_attn": ("qkv", "q", "k", "v", "o"), "cross_attn": ("q", "o"), "ff
 MULTIPLE = 16
 
 
+class Float8Rows(NamedTuple):
+    """A tensor ``[..., C]`` that was quantised where it was made: a ``Float8Linear`` takes it in the tensor's place."""
+
+    values: torch.Tensor  # [..., C] float8_e4m3fn
+    scale: torch.Tensor  # [...] float32
+    dtype: torch.dtype  # of what was quantised, and of the layer's result
+
+
 class Float8Linear(nn.Module):
     """``nn.Linear`` for inference, made from one: ``[..., in]`` of any floating dtype to ``[..., out]`` of the same.
 
     ``weight`` ``[out, in]`` float8_e4m3fn, ``scale`` ``[out]`` float32: a weight is their product. ``bias`` ``[out]``
-    or ``None``, as it was. An input is quantised by ``raven.ops.quantize_rows``; on a GPU the product is rounded to
-    bfloat16. Moving to another dtype leaves weight and scale as they are.
+    or ``None``, as it was. An input is quantised by ``raven.ops.quantize_rows``, if it does not come as ``Float8Rows``;
+    on a GPU the product is rounded to bfloat16. Moving to another dtype leaves weight and scale as they are.
 
     Raises ``ValueError`` for widths that are not multiples of 16, and for inputs that require a gradient;
     ``BackendUnavailableError`` on a GPU below compute capability 8.9.
@@ -61,7 +70,10 @@ class Float8Linear(nn.Module):
         """Bytes of weight, scale and bias."""
         return sum(x.nbytes for x in (self.weight, self.scale, self.bias) if x is not None)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Float8Rows) -> torch.Tensor:
+        if isinstance(x, Float8Rows):
+            _check_width(x.values, self.in_features)
+            return self.product(*x)
         _check_width(x, self.in_features)
         return self.product(*quantize_rows(x), _result_dtype(x))
 
@@ -125,10 +137,20 @@ class Float8MLP(nn.Module):
         self.add_module("0", Float8Linear(up, f"{name}.0"))
         self.add_module("2", Float8Linear(down, f"{name}.2"))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Float8Rows) -> torch.Tensor:
         up, down = self._modules.values()
         hidden = up(x)
         return down.product(*quantize_rows(hidden, gelu=True), hidden.dtype)
+
+
+def takes_rows(module: nn.Module, name: str) -> bool:
+    """Whether the input of ``module``, which only its linear layer ``name`` reads, may be ``Float8Rows``.
+
+    Not where a hook would see it, or where the layer is another one (as by an adapter).
+    """
+    layer = module._modules.get(name)
+    heard = any(m._forward_hooks or m._forward_pre_hooks for m in (module, layer) if m is not None)
+    return type(layer) is Float8Linear and not heard
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from raven.models.config import WanConfig
+from raven.models.fp8 import Float8Rows, takes_rows
 from raven.models.mlp import Mlp, block_kernels, gated_mlp
 from raven.models.packing import LastSegment, Packing
 from raven.ops import gated_residual, modulate
@@ -101,7 +102,7 @@ class SelfAttention(nn.Module):
         self.register_state_dict_post_hook(_split_qkv)
         self.register_load_state_dict_pre_hook(_join_qkv)
 
-    def forward(self, x: torch.Tensor, layer: int, attend: Attend) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Float8Rows, layer: int, attend: Attend) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each [B, L, H, D], strided
         out = attend(layer, q, k, v, getattr(self.norm_q, "weight", None), getattr(self.norm_k, "weight", None))
         return out.flatten(2)  # before the output projection: the last block applies that to fewer tokens
@@ -163,7 +164,7 @@ class CrossAttention(nn.Module):
         """Keys and values ``[B, text_len, H, D]`` of an embedded text ``[B, text_len, dim]``."""
         return self._split(self.norm_k(self.k(context))), self._split(self.v(context))
 
-    def forward(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Float8Rows, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q = self._split(self.norm_q(self.q(x)))
         return self.o(_attend_all(q, k.to(q.dtype), v.to(q.dtype)).flatten(2))
 
@@ -219,8 +220,12 @@ class Block(nn.Module):
         self, x: torch.Tensor, table: torch.Tensor, lengths: Sequence[int], layer: int, attend: Attend
     ) -> torch.Tensor:
         """Self-attention of ``x`` ``[B, L, dim]`` before its output projection; ``table`` ``[B, segments, 6, dim]``."""
-        shift, scale = table[:, :, 0], table[:, :, 1]
-        return self.self_attn(modulate(x, shift, scale, lengths, self.eps, _product_dtype(x)), layer, attend)
+        shift, scale, dtype = table[:, :, 0], table[:, :, 1], _product_dtype(x)
+        if takes_rows(self.self_attn, "qkv"):
+            y = Float8Rows(*modulate(x, shift, scale, lengths, self.eps, dtype, quantize=True), dtype)
+        else:
+            y = modulate(x, shift, scale, lengths, self.eps, dtype)
+        return self.self_attn(y, layer, attend)
 
     def forward(
         self,
@@ -243,15 +248,25 @@ class Block(nn.Module):
             x, out = keep.take_noisy(x), keep.take_noisy(out)
             table, lengths = table.index_select(1, keep.noisy_index), keep.noisy_lengths
         _, _, gate, shift, scale, last_gate = table.unbind(2)
-        norm = {"eps": self.eps, "dtype": _product_dtype(x)}
         branch = self.self_attn.o(out)
         if self.norm3 is None:
             x = y = gated_residual(x, branch, gate, lengths)
         else:
             affine = {"weight": self.norm3.weight, "bias": self.norm3.bias}
-            x, y = gated_residual(x, branch, gate, lengths, **affine, **norm)
-        x, y = gated_residual(x, self.cross_attn(y, *text), None, lengths, shift=shift, scale=scale, **norm)
+            x, y = self._norm_for(self.cross_attn, "q", x, branch, gate, lengths, **affine)
+        branch = self.cross_attn(y, *text)
+        x, y = self._norm_for(self.ffn, "0", x, branch, None, lengths, shift=shift, scale=scale)
         return gated_mlp(x, self.ffn, y, last_gate, lengths, output)
+
+    def _norm_for(
+        self, module: nn.Module, layer: str, x: torch.Tensor, *args, **tables: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | Float8Rows]:
+        """``gated_residual`` and the norm, quantised where that is what ``module`` takes."""
+        dtype = _product_dtype(x)
+        if not takes_rows(module, layer):
+            return gated_residual(x, *args, **tables, eps=self.eps, dtype=dtype)
+        x, y, y_scale = gated_residual(x, *args, **tables, eps=self.eps, dtype=dtype, quantize=True)
+        return x, Float8Rows(y, y_scale, dtype)
 
     def table(self, levels: torch.Tensor) -> torch.Tensor:
         """Shifts, scales and gates of this block ``[B, segments, 6, dim]`` from the time projection (same shape)."""

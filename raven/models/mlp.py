@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from raven import backends
+from raven.models.fp8 import Float8Rows
 from raven.ops import gated_residual
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -63,7 +64,12 @@ def _epilogue(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torc
 
 
 def gated_mlp(
-    x: torch.Tensor, mlp: nn.Module, y: torch.Tensor, gate: torch.Tensor, lengths: Sequence[int], output: bool = True
+    x: torch.Tensor,
+    mlp: nn.Module,
+    y: torch.Tensor | Float8Rows,
+    gate: torch.Tensor,
+    lengths: Sequence[int],
+    output: bool = True,
 ) -> torch.Tensor:
     """``x + gate * mlp(y)``: x, y ``[B, L, C]``, gate ``[B, N, C]`` for N segments of the given lengths.
 

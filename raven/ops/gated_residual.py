@@ -10,6 +10,7 @@ import torch
 from raven import backends
 from raven.errors import check_dtype, check_no_tangent, check_same_device, check_shape
 from raven.ops.gaussian_step import direct
+from raven.ops.quantize_rows import quantize_rows
 from raven.reference import gated_residual as reference
 from raven.schedule import compute_dtype
 
@@ -29,7 +30,8 @@ def gated_residual(
     bias: torch.Tensor | None = None,
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    quantize: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """``x_new = x + gate * branch``, and on request ``y``, the LayerNorm of ``x_new``; differentiable in every tensor.
 
     How the sub-layers of a diffusion transformer meet (arXiv 2212.09748): with ``n = (x_new - mean) / sqrt(var + eps)``
@@ -47,14 +49,18 @@ def gated_residual(
         weight, bias: ``[C]``, both or none, and not with shift and scale: ask for ``y``.
         eps: added to the variance.
         dtype: of ``y``; ``None``: that of ``x``.
+        quantize: ``y`` in float8 with a scale for each token, bit for bit ``quantize_rows`` of ``y`` in that dtype, in
+            the same pass. For inference: no tensor may ask for a gradient.
 
     Returns:
-        ``x_new``, or ``(x_new, y)``: new packed tensors like ``x``. On a GPU a token gives the same bits alone and in a
-        batch; gradients of gate, shift, scale, weight and bias are summed in float32 in an order that only the shapes
-        decide.
+        ``x_new``, or ``(x_new, y)``, or quantised ``(x_new, y, y_scale)``: new packed tensors like ``x``, of which a
+        quantised ``y`` is float8_e4m3fn and ``y_scale`` ``[B, L]`` float32. On a GPU a token gives the same
+        bits alone and in a batch; gradients of gate, shift, scale, weight and bias are summed in float32 in an order
+        that only the shapes decide.
 
     Raises:
-        ValueError: shapes, devices, lengths, eps, or a choice of norms that does not fit.
+        ValueError: shapes, devices, lengths, eps, or a choice of norms that does not fit; ``quantize`` without a norm
+            or where a gradient is asked for.
         TypeError: an unsupported dtype.
         NotImplementedError: forward-mode derivatives.
         BackendUnavailableError: the backend asked for by name cannot run these tensors.
@@ -78,7 +84,12 @@ def gated_residual(
     check_norm(x, eps, dtype)
     check_no_tangent("gated_residual", x, branch, gate, shift, scale)
     tensors = [t for t in (x, branch, gate, shift, scale) if t is not None]
-    plain = direct(*tensors) and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    plain = direct(*tensors) and not differentiated
+    if quantize:
+        check_quantize(scale is not None, differentiated)
+        run = _run_quantized if plain else _gated_residual_quantized
+        return run(x, branch, gate, shift, scale, lengths, float(eps), dtype or x.dtype)
     if scale is None:
         return (_run if plain else _gated_residual)(x, branch, gate, lengths)
     norm = (shift, scale, lengths, float(eps), dtype or x.dtype)
@@ -130,6 +141,21 @@ def check_norm(x: torch.Tensor, eps: float, dtype: torch.dtype | None) -> None:
     if dtype is not None and dtype not in DTYPES:
         takes = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(f"dtype: got {dtype}, expected {takes}")
+
+
+def check_quantize(norm: bool, differentiated: bool) -> None:
+    """Only a norm's result is quantised, and rounding has no gradient."""
+    if not norm:
+        raise ValueError("quantize: got True without a norm, expected shift and scale, or weight and bias")
+    if differentiated:
+        raise ValueError("quantize: got True for tensors with requires_grad=True, expected torch.no_grad()")
+
+
+def in_one_pass(op: str, dtype: torch.dtype, *tensors: torch.Tensor | None) -> bool:
+    """Whether the kernel of a norm quantises its result of that dtype too: where both ops run on Triton."""
+    if dtype == torch.float64 or backends.select(op, *tensors) != "triton":
+        return False
+    return backends.select("quantize_rows", tensors[0]) == "triton"
 
 
 def triton_reason(x: object, *others: object) -> str | None:
@@ -192,6 +218,40 @@ def _(x, branch, gate, shift, scale, lengths, eps, dtype):
 def empty_statistics(x: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
     """Room for mean and 1 / standard deviation of each token, ``[B, L, 2]``."""
     return x.new_empty((x.shape[0], x.shape[1], 2), dtype=compute_dtype(x, *tables))
+
+
+def _run_quantized(x, branch, gate, shift, scale, lengths, eps, dtype):
+    """``(x_new, y, scales of y)``."""
+    if in_one_pass("gated_residual", dtype, x, branch, gate, shift, scale):
+        from raven.kernels import gated_residual as kernels
+
+        return kernels.forward(x, branch, gate, shift, scale, lengths, eps, dtype, quantize=True)
+    total, y, _ = _run_with_norm(x, branch, gate, shift, scale, lengths, eps, dtype)
+    return total, *quantize_rows(y)
+
+
+@torch.library.custom_op("raven::gated_residual_quantized", mutates_args=())
+def _gated_residual_quantized(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor | None,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    lengths: Sequence[int] | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _run_quantized(x, branch, gate, shift, scale, lengths, eps, dtype)
+
+
+@_gated_residual_quantized.register_fake
+def _(x, branch, gate, shift, scale, lengths, eps, dtype):
+    return x.new_empty(x.shape), *empty_quantized(x)
+
+
+def empty_quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the quantised result of a norm, and for its scales ``[B, L]``."""
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("raven::gated_residual_backward", mutates_args=())

@@ -8,8 +8,19 @@ import torch
 
 from raven import backends
 from raven.errors import check_dtype, check_no_tangent, check_shape
-from raven.ops.gated_residual import DTYPES, check_norm, check_tables, empty_statistics, gradients, triton_reason
+from raven.ops.gated_residual import (
+    DTYPES,
+    check_norm,
+    check_quantize,
+    check_tables,
+    empty_quantized,
+    empty_statistics,
+    gradients,
+    in_one_pass,
+    triton_reason,
+)
 from raven.ops.gaussian_step import direct
+from raven.ops.quantize_rows import quantize_rows
 from raven.reference import modulate as reference
 
 
@@ -20,7 +31,8 @@ def modulate(
     lengths: Sequence[int] | None = None,
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+    quantize: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``LayerNorm(x) * (1 + scale) + shift`` without a learned affine; differentiable in every tensor.
 
     How a diffusion transformer tells a sub-layer the noise level (arXiv 2212.09748). One pass over memory, computed in
@@ -34,13 +46,16 @@ def modulate(
         lengths: tokens of each segment, N numbers that sum to L; ``None``: N segments of one length.
         eps: added to the variance.
         dtype: of the result; ``None``: that of ``x``.
+        quantize: the result in float8 with a scale for each token, bit for bit ``quantize_rows`` of the result in that
+            dtype, in the same pass. For inference: no tensor may ask for a gradient.
 
     Returns:
-        ``y``, a new packed tensor like ``x``. On a GPU a token gives the same bits alone and in a batch; gradients of
+        ``y``, or quantised ``(y, y_scale)``: new packed tensors like ``x``, of which a quantised ``y`` is float8_e4m3fn
+        and ``y_scale`` ``[B, L]`` float32. On a GPU a token gives the same bits alone and in a batch; gradients of
         shift and scale are summed in float32 in an order that only the shapes decide.
 
     Raises:
-        ValueError: shapes, devices, lengths, eps.
+        ValueError: shapes, devices, lengths, eps; ``quantize`` where a gradient is asked for.
         TypeError: an unsupported dtype.
         NotImplementedError: forward-mode derivatives.
         BackendUnavailableError: the backend asked for by name cannot run these tensors.
@@ -54,9 +69,12 @@ def modulate(
     check_no_tangent("modulate", x, shift, scale)
     tensors = (x, shift, scale)
     norm = (lengths, float(eps), dtype or x.dtype)
-    if direct(*tensors) and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-        return _run(*tensors, *norm)[0]
-    return _modulate(*tensors, *norm)[0]
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    plain = direct(*tensors) and not differentiated
+    if quantize:
+        check_quantize(True, differentiated)
+        return (_run_quantized if plain else _modulate_quantized)(*tensors, *norm)
+    return (_run if plain else _modulate)(*tensors, *norm)[0]
 
 
 def _run(x, shift, scale, lengths, eps, dtype):
@@ -66,6 +84,32 @@ def _run(x, shift, scale, lengths, eps, dtype):
     from raven.kernels.modulate import forward
 
     return forward(x, shift, scale, lengths, eps, dtype)
+
+
+def _run_quantized(x, shift, scale, lengths, eps, dtype):
+    """``(y, its scales)``."""
+    if in_one_pass("modulate", dtype, x, shift, scale):
+        from raven.kernels.modulate import forward
+
+        return forward(x, shift, scale, lengths, eps, dtype, quantize=True)
+    return quantize_rows(_run(x, shift, scale, lengths, eps, dtype)[0])
+
+
+@torch.library.custom_op("raven::modulate_quantized", mutates_args=())
+def _modulate_quantized(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    lengths: Sequence[int] | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _run_quantized(x, shift, scale, lengths, eps, dtype)
+
+
+@_modulate_quantized.register_fake
+def _(x, shift, scale, lengths, eps, dtype):
+    return empty_quantized(x)
 
 
 @torch.library.custom_op("raven::modulate", mutates_args=())
