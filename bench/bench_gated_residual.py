@@ -1,9 +1,10 @@
-"""What lies between two sub-layers of a Wan block (1,536 channels, 1.3B): gated residual and the next norm, bfloat16.
+"""What lies between two sub-layers of a Wan block: gated residual and the next norm, bfloat16, 1,536 channels (1.3B).
 
 Bytes that must move: the forward reads x and branch and writes their sum and y; the backward reads two gradients, the
 sum and the branch and writes the gradients of x and branch. Without a norm it is x, branch and sum, and the gradient
 of the sum, branch and its gradient. The tables are float32, a few rows. A 4,680-token call fits the L2 cache, so
-several sets of inputs and outputs take turns.
+several sets of inputs and outputs take turns. Rows of `quantized` write y in float8 with a scale for each token, beside
+the two ops apart.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import torch.nn.functional as F
 from harness import DEVICE, rounds_beyond_cache
 
 from raven import explain
-from raven.ops import gated_residual
+from raven.ops import gated_residual, quantize_rows
 from raven.ops.gated_residual import _backward, _gated_residual_norm
 from raven.reference import gated_residual as reference
-from raven.testing import relative_rms
+from raven.testing import assert_bitwise, relative_rms
 
 # One rounding to 8 bits is 1.7e-3; gradients of tables are float32 sums over all tokens of a segment.
 LIMITS = {torch.bfloat16: 2.5e-3, torch.float32: 1e-5}
@@ -68,6 +69,19 @@ class Case:
     def forward(self) -> tuple[torch.Tensor, ...]:
         out = gated_residual(self.x, self.branch, self.gate, **self.norm)
         return out if isinstance(out, tuple) else (out,)
+
+    def quantized(self) -> tuple[torch.Tensor, ...]:
+        return gated_residual(self.x, self.branch, self.gate, **self.norm, quantize=True)
+
+    def apart(self) -> tuple[torch.Tensor, ...]:
+        total, y = self.forward()
+        return total, *quantize_rows(y)
+
+    def check_quantized(self) -> float:
+        """Bit for bit the two ops apart; error of the sum and the norm before that."""
+        for got, want in zip(self.quantized(), self.apart(), strict=True):
+            assert_bitwise(got, want, "quantised")
+        return self.check("forward")
 
     def wanted(self) -> list[bool]:
         """The gradient of x is that of the sum where no norm follows, that of the branch where there is no gate."""
@@ -152,6 +166,24 @@ def measure(bench, name, direction, tokens, segments, kind="modulated", peers=Fa
     )
 
 
+def measure_quantized(bench, name, tokens, segments, kind, **sizes):
+    first = Case(tokens, segments, kind, **sizes)
+    bytes_moved = first.x.numel() * (3 * first.x.element_size() + 1) + 4 * tokens
+    cases = [first] + [Case(tokens, segments, kind, **sizes) for _ in range(rounds_beyond_cache(bytes_moved) - 1)]
+    bench.row(
+        op="gated_residual",
+        case=name,
+        direction="forward",
+        backend=explain("gated_residual", first.x, first.branch).chosen,
+        check=first.check_quantized,
+        run=[case.keeping(case.quantized) for case in cases],
+        work=bytes_moved,
+        unit="TB/s",
+        peers={"apart": [case.keeping(case.apart) for case in cases]},
+        graph=DEVICE == "cuda",
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize(("tokens", "segments"), [(60840, 13), (9360, 2), (4680, 1)])
@@ -175,8 +207,16 @@ def test_beside_peers(bench, direction):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_wan_14b(bench, direction):
-    measure(bench, "tokens-18720-channels-5120", direction, 18720, 4, channels=5120)
+@pytest.mark.parametrize(("tokens", "segments"), [(60840, 13), (18720, 4), (4680, 1)])
+def test_wan_14b(bench, tokens, segments, direction):
+    measure(bench, f"tokens-{tokens}-channels-5120", direction, tokens, segments, channels=5120)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["affine", "ungated"])
+def test_quantized(bench, kind):
+    """Before cross-attention and before the MLP, as a chunk of a stream has them."""
+    measure_quantized(bench, f"tokens-4680-{kind}-quantized", 4680, 1, kind)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -184,3 +224,7 @@ def test_wan_14b(bench, direction):
 def test_smoke(bench, kind, direction):
     """Small enough for any machine, and the same code path as the others."""
     measure(bench, f"tokens-16-{kind}-smoke", direction, 16, 2, kind, channels=32, dtype=torch.float32)
+
+
+def test_smoke_quantized(bench):
+    measure_quantized(bench, "tokens-16-quantized-smoke", 16, 2, "affine", channels=32, dtype=torch.float32)

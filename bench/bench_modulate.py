@@ -1,8 +1,8 @@
-"""LayerNorm with scale and shift from a table, at the width of Wan 1.3B (1,536 channels), bfloat16.
+"""LayerNorm with scale and shift from a table, at the widths of Wan (1.3B: 1,536 channels, 14B: 5,120), bfloat16.
 
 Bytes that must move: the forward reads x and writes y; the backward reads x and the gradient of y and writes that of x.
 The tables are float32, a few rows. A 4,680-token call fits the L2 cache, so several sets of inputs and outputs take
-turns.
+turns. Rows of `quantized` write y in float8 with a scale for each token, beside the two ops apart.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from harness import DEVICE, rounds_beyond_cache
 
 from raven import explain
-from raven.ops import modulate
+from raven.ops import modulate, quantize_rows
 from raven.ops.gated_residual import _backward
 from raven.ops.modulate import _modulate
 from raven.reference import gated_residual as reference_backward
 from raven.reference import modulate as reference
-from raven.testing import relative_rms
+from raven.testing import assert_bitwise, relative_rms
 
 # One rounding to 8 bits is 1.7e-3; gradients of tables are float32 sums over all tokens of a segment.
 LIMITS = {torch.bfloat16: 2.5e-3, torch.float32: 1e-5}
@@ -45,6 +45,18 @@ class Case:
 
     def forward(self) -> list[torch.Tensor]:
         return [modulate(self.x, self.shift, self.scale)]
+
+    def quantized(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return modulate(self.x, self.shift, self.scale, quantize=True)
+
+    def apart(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return quantize_rows(modulate(self.x, self.shift, self.scale))
+
+    def check_quantized(self) -> float:
+        """Bit for bit the two ops apart; error of the norm before that."""
+        for got, want in zip(self.quantized(), self.apart(), strict=True):
+            assert_bitwise(got, want, "quantised")
+        return self.check("forward")
 
     def backward(self) -> list[torch.Tensor]:
         kinds = (self.x.dtype, self.x.dtype)
@@ -110,11 +122,42 @@ def measure(bench, name, direction, tokens, segments, peers=False, **sizes):
     )
 
 
+def measure_quantized(bench, name, tokens, segments, **sizes):
+    first = Case(tokens, segments, **sizes)
+    bytes_moved = first.x.numel() * (first.x.element_size() + 1) + 4 * tokens
+    cases = [first] + [Case(tokens, segments, **sizes) for _ in range(rounds_beyond_cache(bytes_moved) - 1)]
+    bench.row(
+        op="modulate",
+        case=name,
+        direction="forward",
+        backend=explain("modulate", first.x, first.shift, first.scale).chosen,
+        check=first.check_quantized,
+        run=[case.keeping(case.quantized) for case in cases],
+        work=bytes_moved,
+        unit="TB/s",
+        peers={"apart": [case.keeping(case.apart) for case in cases]},
+        graph=DEVICE == "cuda",
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize(("tokens", "segments"), [(60840, 13), (9360, 2), (4680, 1)])
 def test_wan_1_3b(bench, tokens, segments, direction):
     measure(bench, f"tokens-{tokens}", direction, tokens, segments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(("tokens", "segments"), [(60840, 13), (4680, 1)])
+def test_wan_14b(bench, tokens, segments, direction):
+    measure(bench, f"tokens-{tokens}-channels-5120", direction, tokens, segments, channels=5120)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "segments"), [(9360, 2), (4680, 1)])
+def test_quantized(bench, tokens, segments):
+    measure_quantized(bench, f"tokens-{tokens}-quantized", tokens, segments)
 
 
 @pytest.mark.gpu
@@ -127,3 +170,7 @@ def test_beside_peers(bench, direction):
 def test_smoke(bench, direction):
     """Small enough for any machine, and the same code path as the others."""
     measure(bench, "tokens-16-smoke", direction, 16, 2, channels=32, dtype=torch.float32)
+
+
+def test_smoke_quantized(bench):
+    measure_quantized(bench, "tokens-16-quantized-smoke", 16, 2, channels=32, dtype=torch.float32)
