@@ -295,9 +295,12 @@ def _backward_k(
     tl.store(DV + at, dv.to(DV.dtype.element_ty), mask=inside)
 
 
-def _inner_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """The kernels take any stride but that of the last dimension; a copy is made only when it is not 1."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where the kernels can read it, else a copy.
+
+    Channels must be packed, and tokens so close that the offsets within a tile, at most 128 of them, fit 32 bits.
+    """
+    return x if x.stride(-1) == 1 and x.stride(1) < 2**24 else x.contiguous()
 
 
 def _use_tma(*tensors: torch.Tensor) -> bool:
@@ -395,7 +398,7 @@ def forward(q, k, v, out, lse, tiles, scale: float, config: Config) -> None:
     B, L, H, D = q.shape
     if not (tiles.num_tiles and B and H):
         return
-    q, k, v = (_inner_contiguous(x) for x in (q, k, v))
+    q, k, v = (readable(x) for x in (q, k, v))
     tma = _use_tma(k, v)
     keys, values = (_tiles_of(x, config.block_k) if tma else x for x in (k, v))
     _forward[tiles.num_tiles, H, B](
@@ -428,7 +431,7 @@ def backward(
 ) -> None:
     """Fill dq, dk, dv (contiguous). ``k_tiles`` is the plan of the transposed ranges: key tiles and query lists."""
     B, L, H, D = q.shape
-    q, k, v, grad = (_inner_contiguous(x) for x in (q, k, v, grad))
+    q, k, v, grad = (readable(x) for x in (q, k, v, grad))
     if not (B and H):
         return
     delta = torch.empty_like(lse)

@@ -191,6 +191,31 @@ def test_gpu_more_than_two_billion_elements():
     assert relative_rms(out[:, rows], want) <= tolerance(torch.bfloat16).rms
 
 
+@pytest.mark.interpret
+def test_rows_far_apart_are_copied():
+    from raven.kernels.chunk_attention import readable
+
+    far, near = (torch.empty_strided((1, 128, 1, 64), (1, n, 64, 1), device="meta") for n in (2**24, 2**24 - 1))
+    assert readable(far).is_contiguous() and readable(near) is near
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gpu_rows_far_apart(dtype):
+    """The rows of a tile lie further apart than 32 bits count."""
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free GPU memory")
+    rows = torch.empty(1, 130, 2**24, device="cuda", dtype=dtype)[..., :256].unflatten(2, (4, 1, 64)).normal_()
+    results = []
+    for *inputs, grad in (rows.unbind(2), rows.contiguous().unbind(2)):
+        inputs = [x.requires_grad_() for x in inputs]
+        out = chunk_attention(*inputs, Spans.full(130, 130))
+        with deterministic():
+            results.append((out, *torch.autograd.grad(out, inputs, grad)))
+    for got, want in zip(*results, strict=True):
+        assert_bitwise(got, want)
+
+
 @pytest.mark.gpu
 def test_gpu_memory_is_outputs_and_statistics():
     layout = ChunkLayout.repacked((3,) * 4, 500)
