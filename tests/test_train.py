@@ -4,8 +4,6 @@ import json
 import os
 import resource
 import signal
-import socket
-import subprocess
 import sys
 
 import pytest
@@ -256,75 +254,3 @@ def test_commands_train_from_files(tmp_path, capsys):
 
 def make_reward():
     return brightness
-
-
-WORKER = """
-import sys
-import torch
-import tiny_train as t
-from raven.grpo import group_advantages
-from raven.train import distributed as d, read_metrics, run
-
-with d.process_group("cpu") as device:
-    rank = d.rank()
-    assert d.world_size() == 2 and d.is_main() == (rank == 0)
-    module = torch.nn.Linear(2, 1)
-    with torch.no_grad():
-        module.weight.fill_(rank + 1.0)
-    d.broadcast_parameters(module)
-    assert (module.weight == 1).all()
-    module.weight.grad = torch.full((1, 2), float(rank))
-    d.average_gradients(module.parameters())
-    assert (module.weight.grad == 0.5).all() and (module.bias.grad == 0).all()
-    assert d.gather(torch.tensor([rank, 10 + rank])).tolist() == [0, 10, 1, 11]
-    assert d.any_rank(rank == 1) and not d.any_rank(False)
-    # Rank 0's two samples of the prompt differ by 1, rank 1's by 2; after the first normalisation all are +-1.
-    rewards = torch.tensor([[0.0, 1.0 + rank]])
-    got = group_advantages(rewards, ["p", "p"], gather=d.gather, rank=rank)
-    assert torch.allclose(got, torch.tensor([-1.0, 1.0]), atol=1e-3), got
-
-    for kind, settings in (("raven", {}), ("grpo", {}), ("raven", {"master_weights": True, "accumulation": 1})):
-        trainer = t.make(kind, seed=rank, **settings)  # other initial weights: rank 0's are taken
-        folder = sys.argv[1] + "/" + kind + "".join(settings)
-        run(trainer, 2, folder, progress=False)
-        flat = torch.cat([v.flatten() for v in t.weights(trainer).values()])
-        both = d.gather(flat[None])
-        assert torch.equal(both[0], both[1])
-        assert len(read_metrics(folder + "/metrics.jsonl")) == 2
-        resumed = t.make(kind, seed=5, **settings)
-        run(resumed, 2, folder, progress=False)
-        t.assert_same(resumed, trainer)
-    print("ok", rank)
-"""
-
-
-def test_two_processes_agree(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    environment = {
-        **os.environ,
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
-    }
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)

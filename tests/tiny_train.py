@@ -7,6 +7,7 @@ import torch
 from raven.models import CausalWan, WanConfig
 from raven.train import DistillConfig, PolicyConfig, PretrainConfig
 from raven.train.distill import RavenTrainer
+from raven.train.optim import step_seed
 from raven.train.policy import CMGRPOTrainer
 from raven.train.pretrain import StartTrainer, TeacherTrainer
 from raven.train.prompts import WorldPrompts
@@ -59,16 +60,43 @@ def brightness(video, prompts):
     return {"brightness": video.mean(dim=(1, 2, 3, 4))}
 
 
-def make(kind, seed=0, **changes):
-    """A small trainer of each kind."""
+class RanksInTurn(RavenTrainer):
+    """One process that stands for two ranks of one micro-batch: it makes two, each from its rank's generators."""
+
+    def begin_step(self):
+        self.pairs = []
+        for rank in range(2):
+            host = torch.Generator()
+            pair = (host, host if self.device.type == "cpu" else torch.Generator(self.device))
+            for generator in pair:
+                generator.manual_seed(step_seed(self.config.seed, rank, self.steps_done))
+            self.pairs.append(pair)
+
+    def as_next_rank(self, call, *arguments):
+        self.host_generator, self.generator = self.pairs[0]
+        self.pairs.reverse()
+        return call(*arguments)
+
+    def _roll_out(self):
+        return self.as_next_rank(super()._roll_out)
+
+    def _critic_batch(self, kept):
+        return self.as_next_rank(super()._critic_batch, kept)
+
+    def _student_batch(self, kept):
+        return self.as_next_rank(super()._student_batch, kept)
+
+
+def make(kind, seed=0, trainer=RavenTrainer, **changes):
+    """A small trainer of each kind; ``trainer`` is the class of a "raven" one."""
     if kind in ("teacher", "start"):
         settings = {"batch": 2, "warmup": 2, "steps": 6, "lr": 3e-3, **SIZES, **changes}
-        trainer = TeacherTrainer if kind == "teacher" else StartTrainer
-        return trainer(tiny(seed), World(), PretrainConfig(**settings))
+        kind = TeacherTrainer if kind == "teacher" else StartTrainer
+        return kind(tiny(seed), World(), PretrainConfig(**settings))
     if kind == "raven":
         rates = {"student_lr": 1e-3, "critic_lr": 1e-3}
         settings = {"batch": 2, "accumulation": 2, "rollout_every": 2, **rates, **SIZES, **changes}
-        return RavenTrainer(tiny(seed), tiny(100), PROMPTS, DistillConfig(**settings))
+        return trainer(tiny(seed), tiny(100), PROMPTS, DistillConfig(**settings))
     settings = {"group": 3, "prompts": 2, "lr": 1e-3, "clip": 1e-4, "updates_per_rollout": 2, "micro_batch": 4}
     return CMGRPOTrainer(tiny(seed), brightness, PROMPTS, PolicyConfig(**{**settings, **SIZES, **changes}))
 

@@ -83,7 +83,10 @@ def _unflatten(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
 
 @torch.no_grad()
 def broadcast_parameters(module: torch.nn.Module) -> None:
-    """Give every rank the parameters and buffers of rank 0."""
+    """Give every rank the parameters and buffers of rank 0. ``ValueError`` for sharded ones, which differ rightly."""
+    for name, parameter in module.named_parameters():
+        if hasattr(parameter, "full_tensor"):
+            raise ValueError(f"module: got {name} sharded over the ranks, expected whole weights on every rank")
     if world_size() == 1:
         return
     tensors = [t.data for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()]

@@ -58,6 +58,7 @@ class CMGRPOTrainer(BaseTrainer):
         self.reference = None
         if config.kl > 0:
             self.reference = copy.deepcopy(student) if reference is None else reference
+            distributed.broadcast_parameters(self.reference)
             freeze([self.reference])
         self.add_trained("student", student, config.lr, config.ema)
         self.levels = sampling_levels(config.levels, config.shift).tolist()
