@@ -140,6 +140,24 @@ def test_is_not_saved_without_its_scales():
         quantize_linears(tiny_model()).state_dict()
 
 
+def test_loads_nothing_rather_than_half():
+    """A cast to float8 without a scale would be a wrong weight, and the layers before it would have been replaced."""
+    model = quantize_linears(tiny_model())
+    kept = {name: value.clone() for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    for state in (tiny_model(seed=3).state_dict(), {}):
+        for strict in (True, False):
+            with pytest.raises(ValueError, match="state_dict: got weights for a CausalWan in float8.*quantize_linears"):
+                model.load_state_dict(state, strict=strict)
+    layer = model.blocks[0].cross_attn.q
+    for state in (make_linear(64, 64).state_dict(), {"weight": torch.zeros(3, 64), "bias": torch.zeros(64)}):
+        with pytest.raises(ValueError, match="got weights for a Float8Linear"):
+            layer.load_state_dict(state)
+    with pytest.raises(ValueError, match="0.self_attn.qkv: got weights for a Float8Linear"):
+        model.blocks.load_state_dict({})
+    after = dict([*model.named_parameters(), *model.named_buffers()])
+    assert all(torch.equal(after[name].view(torch.uint8), value.view(torch.uint8)) for name, value in kept.items())
+
+
 def test_refuses_and_leaves_the_model_as_it_was():
     odd = tiny_model(config=WanConfig(**{**vars(CONFIG), "ffn_dim": 40}))
     with pytest.raises(ValueError, match=r"blocks.0.ffn.0: got a layer from 64 to 40 channels.*multiples of 16"):

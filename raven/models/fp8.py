@@ -115,6 +115,9 @@ class Float8Linear(nn.Module):
             "save the model before quantize_linears, and call that again after loading"
         )
 
+    def _load_from_state_dict(self, state_dict, prefix, *unused):
+        _refuse_to_load(self, state_dict, prefix)
+
     def _apply(self, fn, recurse=True):
         weight, scale = self.weight, self.scale
         super()._apply(fn, recurse)
@@ -161,7 +164,7 @@ def quantize_linears(
 
     Queries, keys, values and output of the self-attention, query and output of the cross-attention, and the MLP; not
     the embeddings, the time's layers, the head, and the text's keys and values. Halves the memory of those weights.
-    The model is for inference from then on: in evaluation mode, without gradients.
+    The model is for inference from then on: in evaluation mode, without gradients; ``load_state_dict`` is refused.
 
     parts: which of "self_attn", "cross_attn", "ffn". skip_blocks: indices of blocks that stay as they are.
     Raises ``ValueError`` for an unknown part or block, widths that are not multiples of 16 or a model that was
@@ -187,7 +190,16 @@ def quantize_linears(
                 made += [(module, k, Float8Linear(m, f"{name}.{k}")) for k, m in linears.items()]
     for parent, name, module in made:
         setattr(parent, name, module)
+    model.register_load_state_dict_pre_hook(_refuse_to_load)  # before any of its weights is replaced
     return model.requires_grad_(False).eval()
+
+
+def _refuse_to_load(module: nn.Module, state: object, prefix: str, *unused: object) -> None:
+    name = prefix.removesuffix(".") or "state_dict"
+    raise ValueError(
+        f"{name}: got weights for a {type(module).__name__} in float8, expected none: float8 layers are made from "
+        "loaded weights, so load a model before quantize_linears"
+    )
 
 
 def _result_dtype(x: torch.Tensor) -> torch.dtype:
