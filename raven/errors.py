@@ -40,6 +40,13 @@ def check_dtype(name: str, tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) 
         raise TypeError(f"{name}: got dtype {str(tensor.dtype).removeprefix('torch.')}, expected {takes}")
 
 
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise ``ValueError`` for a NaN or an infinity in a tensor. Waits for a GPU, so not for what runs in a loop."""
+    count = int((~tensor.detach().isfinite()).sum())
+    if count:
+        raise ValueError(f"{name}: got {count} of {tensor.numel()} values NaN or infinite, expected finite numbers")
+
+
 def check_same_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """Raise ``ValueError`` unless both tensors live on one device."""
     if tensor.device != other.device:

@@ -193,6 +193,29 @@ def test_embeddings_that_are_too_long_are_named(checkpoint, world, tmp_path):
     assert not (tmp_path / "a.safetensors").exists()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_prompts_that_are_not_finite_are_named(value, checkpoint, world, tmp_path, monkeypatch):
+    rows = torch.stack(list(world.encode([RED, BLUE])))
+    rows[1, 0, 3] = value
+    path, out = tmp_path / "text.safetensors", tmp_path / "a.safetensors"
+    save_file({"context": rows}, path)
+    found = f"got 1 of {rows[0].numel()} values NaN or infinite, expected finite numbers"
+    request = Request(str(checkpoint), context=str(path), out=str(out), device="cpu")
+    with pytest.raises(ValueError, match=f"context: prompt 1 of 'context': {found}"):
+        generate.generate(request)
+    save_file({"x": rows[0], "y": rows[1]}, path)
+    with pytest.raises(ValueError, match=f"context: prompt 'y': {found}"):
+        generate.generate(request)
+    save_file({"x": torch.ones(2, 3, dtype=torch.int64)}, path)
+    with pytest.raises(ValueError, match="context: got int64 for 'x', expected floating-point"):
+        generate.generate(request)
+
+    monkeypatch.setattr(Shapes, "encode", lambda self, prompts, device="cpu": rows[: len(prompts)])
+    with pytest.raises(ValueError, match=f"prompt: the encoding of '{BLUE}': {found}"):
+        run(checkpoint, out, [RED], switch=[f"2: {BLUE}"])
+    assert not out.exists()
+
+
 def test_embeddings_cannot_switch(checkpoint, world, tmp_path):
     save_file({"context": world.encode([RED])}, tmp_path / "text.safetensors")
     request = Request(str(checkpoint), context=str(tmp_path / "text.safetensors"), switch=[f"2: {BLUE}"])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from raven.checkpoint import load_model
+from raven.errors import check_finite
 from raven.generate.handover import Decoded, Handover
 from raven.generate.output import LatentsFile, Videos, Writer
 from raven.generate.request import (
@@ -158,11 +159,16 @@ def _require_memory(
 def _encode(
     source: Source, prompts: list[str], later: list[str], batch: int, config: WanConfig, device: torch.device
 ) -> list[list[torch.Tensor]]:
-    """The context of the beginning, and of every switch: each prompt encoded once."""
+    """The context of the beginning, and of every switch: each prompt encoded once.
+
+    ``ValueError`` for an encoding that is not finite, as of a text encoder that overflows: the video would be black.
+    """
     if not prompts:
         return [source.encode((), config, device)]
     different = list(dict.fromkeys([*prompts, *later]))
     rows = dict(zip(different, source.encode(different, config, device), strict=True))
+    for prompt, row in rows.items():
+        check_finite(f"prompt: the encoding of {prompt!r}", row)
     return [[rows[prompt] for prompt in prompts], *([rows[prompt]] * batch for prompt in later)]
 
 

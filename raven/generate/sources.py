@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from raven.checkpoint import load_checkpoint
+from raven.errors import check_finite
 from raven.generate.handover import Decode
 from raven.generate.request import Request
 from raven.memory import GIB, free_memory
@@ -19,7 +20,10 @@ from raven.worlds.pictures import to_bytes
 
 
 def read_context(path: str | Path) -> list[torch.Tensor]:
-    """Text embeddings from a safetensors file: tensors ``[n, text_dim]``, or one ``[B, n, text_dim]``."""
+    """Text embeddings from a safetensors file: tensors ``[n, text_dim]``, or one ``[B, n, text_dim]``.
+
+    Raises ``ValueError`` for other shapes or dtypes, and for a NaN or an infinity, with the name of the tensor.
+    """
     tensors = load_checkpoint(path)
     context: list[torch.Tensor] = []
     for name in sorted(tensors):
@@ -27,7 +31,13 @@ def read_context(path: str | Path) -> list[torch.Tensor]:
         if not isinstance(tensor, torch.Tensor) or tensor.ndim not in (2, 3):
             got = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise ValueError(f"context: got {got} for {name!r}, expected [n, text_dim] or [B, n, text_dim]")
-        context += [tensor] if tensor.ndim == 2 else list(tensor)
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"context: got {kind} for {name!r}, expected floating-point text embeddings")
+        rows = [tensor] if tensor.ndim == 2 else list(tensor)
+        for i, row in enumerate(rows):
+            check_finite(f"context: prompt {i} of {name!r}" if tensor.ndim == 3 else f"context: prompt {name!r}", row)
+        context += rows
     if not context:
         raise ValueError(f"context: {path} holds no tensors, expected text embeddings [n, text_dim]")
     return context

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from raven.errors import check_finite
+
 # (number of prompts, generator) -> (prompts, context [n, text_len, text_dim] on the training device)
 Prompts = Callable[[int, torch.Generator], tuple[list[str], torch.Tensor]]
 
@@ -37,7 +39,7 @@ class PromptFile:
 
     The file has tensors ``"0"``, ``"1"``, ... ``[n_i, text_dim]``, optionally ``"negative"`` ``[n, text_dim]`` (what
     classifier-free guidance contrasts with; zeros without it), and the prompts as JSON in its metadata. Raises
-    ``ValueError`` for a file that is not of this form or has embeddings longer than ``text_len``.
+    ``ValueError`` for a file that is not of this form or has embeddings longer than ``text_len``, or not finite.
     """
 
     def __init__(self, path: str | PathLike[str], text_len: int, device: torch.device | str = "cpu") -> None:
@@ -102,4 +104,5 @@ def _padded(rows: torch.Tensor, text_len: int, prompt: str) -> torch.Tensor:
         raise ValueError(
             f"embedding of {prompt!r}: got shape {tuple(rows.shape)}, expected [at most {text_len}, text_dim]"
         )
+    check_finite(f"embedding of {prompt!r}", rows)
     return torch.nn.functional.pad(rows.float(), (0, 0, 0, text_len - len(rows)))
