@@ -9,6 +9,8 @@ INSTALL := RAVEN_BUILD_NO_CUDA=1 $(BIN)/python -m pip install --quiet -c constra
 SETUP := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.py csrc/host/*.cpp csrc/include/raven/planner.h)
 LIBRARY := raven/libraven_cuda.so
 CUDA_SOURCES := raven/__init__.py $(wildcard csrc/*.json csrc/*.py csrc/*.cpp csrc/*.in csrc/ops/* csrc/include/raven/*)
+# Tests without a GPU share the processors: a process for each, of one thread, and no more than memory has room for.
+SHARED := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 CXX_FILES = $$(git ls-files csrc 2>/dev/null | grep -E '\.(h|cpp|cu|cuh)$$' || find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -54,13 +56,13 @@ test-cuda: .venv/cuda.stamp  ## compile every CUDA source for sm_90a, without a 
 	$(BIN)/python -m pytest -q -m cuda_build $(ARGS); fi
 
 test-aot: .venv/test.stamp  ## compile every Triton kernel for sm_80, 90, 100 and 120, without a GPU
-	$(BIN)/python -m pytest -q tests/test_aot.py $(ARGS)
+	$(SHARED) tests/test_aot.py $(ARGS)
 
 test-interpret: .venv/test.stamp  ## Triton kernels on the CPU, in Triton's interpreter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "interpret and not gpu" $(ARGS)
+	TRITON_INTERPRET=1 $(SHARED) -m "interpret and not gpu" $(ARGS)
 
 test-cpu: .venv/test.stamp  ## the tests that need neither a GPU nor Triton
-	$(BIN)/python -m pytest -q -m "not gpu and not interpret and not aot and not cuda_build" $(ARGS)
+	$(SHARED) -m "not gpu and not interpret and not aot and not cuda_build" $(ARGS)
 
 test-gpu: .venv/test.stamp cuda-if-useful  ## the tests that need a GPU
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)
