@@ -2,6 +2,9 @@
 
 import functools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -197,6 +200,28 @@ def test_gpu_in_a_graph():
 @pytest.mark.gpu
 def test_gpu_weights_without_eps():
     check_weights_without_eps(on_gpu(H=3, Hk=3, D=32, per_head=True))
+
+
+FIRST_CALL = """
+import sys
+sys.path[:0] = {path}
+import torch
+from rope_cases import check_against_reference, make
+check_against_reference(make(**{case}, dtype=torch.bfloat16, device="cuda"))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [{"L": 3, "H": 16, "Hk": 16, "D": 256}, {"B": 1, "L": 792, "H": 4, "Hk": 4, "D": 128, "weights": False}],
+    ids=str,
+)
+def test_gpu_first_call_of_a_process(gpu_backend, case):
+    """The CUDA backward asks for 48 KiB of shared memory here, beside what it declares: more than is given unasked."""
+    script = FIRST_CALL.format(path=[str(p) for p in sys.path], case=case)
+    backend = {"RAVEN_BACKEND": "triton" if gpu_backend == "triton" else "cuda"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | backend, timeout=300)
 
 
 @pytest.mark.gpu

@@ -185,11 +185,13 @@ __device__ inline void wait_for_previous() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-// Launch with that overlap; 48 KiB of dynamic shared memory and less need no attribute.
+constexpr size_t kStaticBytes = 2048;  // of shared memory beside the dynamic, at most; and room to align
+
+// Launch with that overlap; 48 KiB of shared memory, static and dynamic, and less need no attribute.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_overlapped(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared,
                               cudaStream_t stream, Arguments&&... arguments) {
-    if (shared > 48 * 1024) {
+    if (shared + kStaticBytes > 48 * 1024) {
         const auto status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
         if (status != cudaSuccess) return status;

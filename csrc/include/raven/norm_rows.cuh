@@ -13,7 +13,6 @@ namespace raven {
 constexpr int kMostWarps = 16;
 constexpr int kMostRowEights = 1024;         // of a row: 8,192 channels
 constexpr size_t kSharedBytes = 227 * 1024;  // of a block, sm_90
-constexpr size_t kStaticBytes = 2048;        // of them for frequencies and sums, and room to align
 
 // A weight [H * D], or [D] per head; null: no norm.
 struct Weight {
