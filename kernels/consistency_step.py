@@ -24,7 +24,7 @@ def _place(C, F, P, splits, BLOCK: tl.constexpr):
     f = row % F
     b = row // F // C
     offsets = split * BLOCK + tl.arange(0, BLOCK)
-    return b, f, row.to(tl.int64) * P, offsets, offsets < P
+    return b.to(tl.int64), f.to(tl.int64), row.to(tl.int64) * P, offsets, offsets < P
 
 
 @triton.jit

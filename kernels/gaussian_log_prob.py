@@ -57,7 +57,7 @@ def run_of(pid, frames_ptr, C, F, P, N, splits, chunk_frames, PIECE: tl.constexp
 def level_at(level, b, n, stride_b, stride_n, TABLE: tl.constexpr):
     """A level, from its table or the number that holds everywhere."""
     if TABLE:
-        return tl.load(level + b * stride_b + n * stride_n)
+        return tl.load(level + b.to(tl.int64) * stride_b + n.to(tl.int64) * stride_n)
     else:
         return level
 
@@ -140,7 +140,7 @@ def _gradients(
     t = level_at(t_ptr, b, n, stride_tb, stride_tn, T_TABLE)
     s = level_at(s_ptr, b, n, stride_sb, stride_sn, S_TABLE)
     a = 1.0 - s
-    grad = tl.load(grad_ptr + b * stride_gb + n * stride_gn)
+    grad = level_at(grad_ptr, b, n, stride_gb, stride_gn, True)
     square = tl.where(valid(t, s), s * s, float("nan"))
     # The gradient of v is rounded as if the forward had written it for a gradient of 1.
     factor = -(t * a) / square
@@ -166,7 +166,7 @@ def _scale(
     b, n, _, start, begin, _, length = run_of(
         tl.num_programs(0) - 1 - tl.program_id(0), frames_ptr, C, F, P, N, splits, chunk_frames, BLOCK * STEPS, RAGGED
     )
-    grad = tl.load(grad_ptr + b * stride_gb + n * stride_gn)
+    grad = level_at(grad_ptr, b, n, stride_gb, stride_gn, True)
     if IN_PLACE:
         # A gradient of 1, what a loss that is differentiated itself gets, costs no memory traffic.
         length = tl.where(grad == 1.0, 0, length)

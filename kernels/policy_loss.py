@@ -46,7 +46,7 @@ def _policy_loss(
     t = level_at(t_ptr, b, n, stride_tb, stride_tn, T_TABLE)
     s = level_at(s_ptr, b, n, stride_sb, stride_sn, S_TABLE)
     a = 1.0 - s
-    weight = gain * (tl.load(advantages_ptr + b * stride_advantages) * tl.load(weights_ptr + n))
+    weight = gain * (level_at(advantages_ptr, b, n, stride_advantages, 0, True) * tl.load(weights_ptr + n))
     factor = tl.where(valid(t, s), weight * (t * a / (s * s)), float("nan"))
     acc = tl.zeros([BLOCK], tl.float32)
     for i in tl.static_range(STEPS):
@@ -69,7 +69,8 @@ def _policy_loss(
                 each = k + tl.arange(0, ROW_BLOCK)
                 inside = each < rows
                 log_prob = tl.load(log_prob_ptr + each, mask=inside, other=0.0, cache_modifier=".cg")
-                advantage = tl.load(advantages_ptr + each // N * stride_advantages, mask=inside, other=0.0)
+                sample = (each // N).to(tl.int64)
+                advantage = tl.load(advantages_ptr + sample * stride_advantages, mask=inside, other=0.0)
                 total += advantage * tl.load(weights_ptr + each % N, mask=inside, other=0.0) * log_prob
             tl.store(loss_ptr, -gain * tl.sum(total))
             tl.store(counters_ptr + rows, 0)

@@ -15,7 +15,7 @@ from log_prob_cases import (
 
 import raven
 from raven.backends import get_backend
-from raven.ops import gaussian_log_prob
+from raven.ops import consistency_step, gaussian_log_prob, policy_loss
 from raven.testing import assert_bitwise, relative_rms
 
 EVERY_GPU_BACKEND = True
@@ -154,6 +154,26 @@ def test_kernel_levels_and_strides(triton_backend):
 @pytest.mark.gpu
 def test_gpu_levels_and_strides():
     levels_and_strides("cuda")
+
+
+@pytest.mark.gpu
+def test_gpu_tables_far_apart():
+    """Columns of a wide table: rows further apart than 32 bits count."""
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free GPU memory")
+    wide = torch.rand(2**31 + 8, device="cuda").as_strided((4, 3), (1, 2**30 + 1))
+    results = []
+    for t, s, advantages, grad in (wide, wide.contiguous()):
+        v, x_t, x_s = (torch.full((3, 4), i, device="cuda", requires_grad=True) for i in (0.5, 0.75, 1.25))
+        density = gaussian_log_prob(v, x_t, x_s, t, s)
+        loss, _ = policy_loss(v, x_t.detach(), x_s.detach(), t, s, advantages)
+        step = consistency_step(v, x_t, t, s, x_s.detach())
+        found = [density, loss, step, *torch.autograd.grad(density, (v, x_t, x_s), grad)]
+        found += [*torch.autograd.grad(loss, v), *torch.autograd.grad(step.sum(), (v, x_t))]
+        results.append(found)
+    for got, want in zip(*results, strict=True):
+        assert got.isfinite().all()
+        assert_bitwise(got, want)
 
 
 @pytest.mark.interpret
