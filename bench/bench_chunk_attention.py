@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch._functorch.config
 from harness import DEVICE, first_line
-from peers import FAILURES, PEERS, InTorch, Peer
+from peers import FAILURES, GATHERED, MASKED, PEERS, InTorch, Peer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
@@ -216,12 +216,14 @@ class Case:
         if DEVICE != "cuda" or direction == DETERMINISTIC:
             names = []
         if bench.peers and self.job.others:
-            masked = isinstance(self.layout, ChunkLayout) and not self.job.cudnn and direction != DETERMINISTIC
-            names += [*PEERS, *["flex"] * (masked and not self.job.flex)]
+            masked = isinstance(self.layout, ChunkLayout) and not self.job.cudnn
+            names += [name for name in PEERS if masked or name not in MASKED]
+            names += ["flex"] * (masked and not self.job.flex and direction != DETERMINISTIC)
         found = {}
         for name in names:
             try:
-                found[name] = self._job(self.peer(name, direction), direction)
+                peer = self.peer(name, direction)
+                found[peer.label(name)] = self._job(peer, direction)
             except FAILURES as failure:
                 bench.recorder.leave_out(name, first_line(failure))
         return found
@@ -235,8 +237,8 @@ class Case:
         return lambda: torch.autograd.grad(out, peer.leaves, grad, retain_graph=True)
 
     def check_peer(self, direction: str, name: str) -> float:
-        """That it does the same job."""
-        peer = self.peer(name, direction)
+        """That it does the same job; ``name`` as its rows have it."""
+        peer = self.peer(name.removesuffix(GATHERED), direction)
         forward = direction == "forward"
         grad = None if forward else self.grad if isinstance(peer, InTorch) else self.grad[0]
         got = peer.results(grad, self.q.shape[1], self.k.shape[1])

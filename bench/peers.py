@@ -1,8 +1,8 @@
 """Public attention kernels that ``raven bench --peers`` measures as well: where they are importable, or why not.
 
-None of them takes lists of key ranges but MagiAttention. The others get keys and values that were gathered beforehand,
-one list per query range, and one call over sequences of different lengths. The gather, and the sum of the gradients of
-keys that several ranges read, are not counted: their times are what a kernel could reach, not what a caller gets.
+A kernel that takes no lists of key ranges gets keys and values gathered beforehand, one list per query range, in one
+call over sequences of different lengths. The gather, and the sum of the gradients of keys that several ranges read, are
+not counted: such a row's name says so, and its time is what the kernel could reach, not what a caller gets.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from peers_blocks import block_lists, cute_mask, range_table
 
 from raven.spans import Spans
 
 # What a missing, broken or unsuitable package may raise. Everything else is our own mistake.
 FAILURES = (ImportError, AttributeError, AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError)
+GATHERED = ", keys gathered before"
+BLOCK = 128  # queries and keys of a block; FlashAttention 4 takes no other on Hopper
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class Peer:
     rows: torch.Tensor | None = None
     gather: torch.Tensor | None = None
     differentiable: bool = True
+
+    def label(self, name: str) -> str:
+        """The name of its rows, which says what is not counted."""
+        return name if self.gather is None else name + GATHERED
 
     def grad(self, grad_out: torch.Tensor) -> torch.Tensor:
         """Of the ``[L, H, D]`` gradient of out, what the peer takes."""
@@ -64,6 +71,10 @@ class InTorch:
     def forward(self) -> torch.Tensor:
         return self._call()
 
+    def label(self, name: str) -> str:
+        """As of ``Peer``: everything is counted."""
+        return name
+
     def grad(self, grad_out: torch.Tensor) -> torch.Tensor:
         return grad_out.transpose(1, 2).contiguous()
 
@@ -74,15 +85,18 @@ class InTorch:
         return [x.detach().transpose(1, 2) for x in (out, *grads)]
 
 
-def _known(function: Callable, **options: object) -> dict[str, object]:
-    """The options that this version of ``function`` has."""
-    names = inspect.signature(function).parameters
-    return {name: value for name, value in options.items() if name in names}
-
-
 def _first(result: object) -> torch.Tensor:
     """Out, from functions that return it alone or before its log-sum-exp."""
     return result[0] if isinstance(result, (tuple, list)) else result
+
+
+def _dense(spans: Spans) -> bool:
+    """Every query sees every key."""
+    return spans.pairs == spans.q_end * spans.kv_end and len(spans.q_ranges) == len(spans.kv_ranges) == 1
+
+
+def _leaves(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(x.detach().contiguous().requires_grad_() for x in tensors)
 
 
 def _gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans):
@@ -92,56 +106,100 @@ def _gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans):
     key = torch.cat([torch.arange(*r) for _, keys in rows for r in keys]).to(q.device)
     lengths = [[e - b for (b, e), _ in rows], [sum(e - b for b, e in keys) for _, keys in rows]]
     ends = [torch.tensor([0, *x]).cumsum(0).to(torch.int32).to(q.device) for x in lengths]
-    leaves = tuple(x.detach()[index].requires_grad_() for x, index in ((q, query), (k, key), (v, key)))
+    leaves = _leaves(q[query], k[key], v[key])
     return leaves, query, key, ends, [max(x) for x in lengths]
 
 
 def _flash(module: str):
+    """FlashAttention 3 and 4: the same arguments. Without a mask their dense call, which schedules its tiles better."""
+
     def make(q, k, v, spans: Spans, deterministic: bool) -> Peer:
-        function = importlib.import_module(module).flash_attn_varlen_func
+        package = importlib.import_module(module)
+        options = {"causal": False, "deterministic": deterministic}
+        if _dense(spans):
+            leaves = _leaves(q, k, v)
+            return Peer(leaves, lambda: _first(package.flash_attn_func(*(x[None] for x in leaves), **options))[0])
         leaves, rows, gather, ends, longest = _gathered(q, k, v, spans)
         names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-        options = dict(zip(names, (*ends, *longest), strict=True), causal=False)
-        if deterministic:
-            options["deterministic"] = True
-            if "deterministic" not in inspect.signature(function).parameters:
-                raise NotImplementedError("this version has no deterministic backward")
-        options = _known(function, **options)
-        return Peer(leaves, lambda: _first(function(*leaves, **options)), rows, gather)
+        options |= dict(zip(names, (*ends, *longest), strict=True))
+        return Peer(leaves, lambda: _first(package.flash_attn_varlen_func(*leaves, **options)), rows, gather)
 
     return make
 
 
+def _fa4_blocks(q, k, v, spans: Spans, deterministic: bool) -> Peer:
+    """FlashAttention 4 with the mask itself: lists of blocks, and a function for those that are seen in part."""
+    function = importlib.import_module("flash_attn.cute").flash_attn_func
+    lists = importlib.import_module("flash_attn.cute.block_sparsity")
+    table = range_table(spans, BLOCK).to(q.device)
+    found = block_lists(table, spans.kv_end, BLOCK)
+    forward, backward = (
+        lists.BlockSparseTensorsTorch(
+            mask_block_cnt=partly[0],
+            mask_block_idx=partly[1],
+            full_block_cnt=wholly[0],
+            full_block_idx=wholly[1],
+            block_size=(BLOCK, BLOCK),
+        )
+        for partly, wholly in (found, block_lists(table, spans.kv_end, BLOCK, by_keys=True))
+    )
+    if deterministic:
+        order = lists.compute_dq_write_order(*_tensors(forward), *_tensors(backward))
+        backward = backward._replace(dq_write_order=order[0], dq_write_order_full=order[1], spt=False)
+    options = {
+        "causal": False,
+        "deterministic": deterministic,
+        "mask_mod": cute_mask(table.shape[1] // 2),
+        "aux_tensors": [table],
+        "block_sparse_tensors": forward,
+        "block_sparse_tensors_bwd": backward,
+    }
+    leaves = _leaves(q, k, v)
+    return Peer(leaves, lambda: _first(function(*(x[None] for x in leaves), **options))[0])
+
+
+def _tensors(lists) -> tuple[torch.Tensor, ...]:
+    return lists.mask_block_cnt, lists.mask_block_idx, lists.full_block_cnt, lists.full_block_idx
+
+
 def _magi(q, k, v, spans: Spans, deterministic: bool) -> Peer:
+    """MagiAttention takes the ranges as they are. Its releases differ in the names of what is optional."""
     function = importlib.import_module("magi_attention.functional").flex_flash_attn_func
+    known = inspect.signature(function).parameters
     pairs = [(query, key) for query, keys in spans.rows() for key in keys]
     ranges = [torch.tensor(x, dtype=torch.int32, device=q.device) for x in zip(*pairs, strict=True)]
-    leaves = tuple(x.detach().contiguous().requires_grad_() for x in (q, k, v))
-    options = _known(
-        function,
-        q_ranges=ranges[0],
-        k_ranges=ranges[1],
-        max_seqlen_q=int(ranges[0].diff().max()),
-        max_seqlen_k=int(ranges[1].diff().max()),
-        attn_type_map=torch.zeros(len(pairs), dtype=torch.int32, device=q.device),  # 0: everything is visible
-        deterministic=deterministic,
-    )
-    return Peer(leaves, lambda: _first(function(*leaves, **options)))
+    options: dict[str, object] = {"deterministic": deterministic}
+    for name, longest in zip(("max_seqlen_q", "max_seqlen_k"), ranges, strict=True):
+        if name in known:
+            options[name] = int(longest.diff().max())
+    # Partial results need no sum by atomics where each query has one list of keys: of itself, or once its ranges merge.
+    single = len(spans.q_ranges) == len(pairs)
+    merge = next((name for name in ("range_merge", "auto_range_merge") if name in known), None)
+    if merge and not single and not deterministic:
+        options[merge] = single = True
+    if single and "disable_fwd_atomic_reduction" in known:
+        options["disable_fwd_atomic_reduction"] = True
+    leaves = _leaves(q, k, v)
+    return Peer(leaves, lambda: _first(function(*leaves, *ranges, **options)))
 
 
 def _flashinfer(q, k, v, spans: Spans, deterministic: bool) -> Peer:
     prefill = importlib.import_module("flashinfer").BatchPrefillWithRaggedKVCacheWrapper
     leaves, rows, gather, ends, _ = _gathered(q, k, v, spans)
+    if _dense(spans):
+        rows = gather = None
     leaves = tuple(x.detach() for x in leaves)
     wrapper = prefill(torch.empty(2**28, dtype=torch.uint8, device=q.device), "NHD")
     heads, dim = q.shape[1], q.shape[2]
-    wrapper.plan(*ends, heads, k.shape[1], dim, causal=False, q_data_type=q.dtype)
+    wrapper.plan(*ends, heads, k.shape[1], dim, causal=False, q_data_type=q.dtype, kv_data_type=k.dtype)
     return Peer(leaves, lambda: wrapper.run(*leaves), rows, gather, differentiable=False)
 
 
 PEERS = {
     "fa3": _flash("flash_attn_interface"),
     "fa4": _flash("flash_attn.cute"),
+    "fa4-blocks": _fa4_blocks,
     "magi": _magi,
     "flashinfer": _flashinfer,
 }
+MASKED = ("fa4-blocks",)  # they pay for a mask, so there is no use for them where there is none

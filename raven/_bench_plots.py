@@ -13,6 +13,7 @@ Row = Mapping[str, Any]
 # Differ for colour-blind readers and in grey print.
 COLORS = {"cuda": "#1F5AA0", "triton": "#7FB2DC", "reference": "#B9BEC6"}
 PEER_COLORS = {"cudnn": "#4B8B2B", "flex": "#C2571A", "fa3": "#8B5A2B", "fa4": "#6A3D9A", "magi": "#B8860B"}
+PEER_COLORS |= {"fa4, keys gathered before": "#6A3D9A", "fa4-blocks": "#A98BC9"}
 MARKERS = "osD^v<>P*X"
 # Operations of the formulas per byte that must move, for rows that count bytes: float32 states, bfloat16 tokens.
 INTENSITY = {
