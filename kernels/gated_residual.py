@@ -24,7 +24,7 @@ from raven.segments import segment_of_tokens
 CONFIGS = {
     "forward": {"elements": 24},
     "norm": {"elements": 40},  # forward without a branch
-    "backward": {"elements": 24, "blocks": 528, "stages": 3, "bytes": 65536},
+    "backward": {"elements": 24, "blocks": 528, "stages": 3, "bytes": 81920},
     "sums": {"columns": 16, "rows": 512, "warps": 8},  # of shares: what a program adds up at once, at most
 }
 

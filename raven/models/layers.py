@@ -270,7 +270,7 @@ class Block(nn.Module):
 
     def table(self, levels: torch.Tensor) -> torch.Tensor:
         """Shifts, scales and gates of this block ``[B, segments, 6, dim]`` from the time projection (same shape)."""
-        return levels + wide(self.modulation)
+        return levels + self.modulation  # widened inside the sum, by one kernel
 
 
 class Head(nn.Module):
