@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_results(results, path)
     if not parts or not results["rows"]:
         print("no rows: no bench ran to its end", file=sys.stderr)
+        for who, reason in merge_results(parts)["left_out"].items():
+            print(f"left out: {who}: {reason}", file=sys.stderr)
         return 1
     print(_report(results))
     print(f"\nwritten to {path}")
