@@ -6,11 +6,14 @@ two. A 4,680-token call fits the L2 cache, so several sets of inputs and outputs
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from harness import DEVICE, rounds_beyond_cache
+from harness import DEVICE, first_line, rounds_beyond_cache
+from peers import FAILURES
 
 from raven import explain
 from raven.ops import qk_norm_rope
@@ -20,20 +23,22 @@ from raven.testing import relative_rms
 
 # One rounding to 8 bits is 1.7e-3; the weights' gradients are float32 sums over all tokens.
 LIMITS = {torch.bfloat16: 2.5e-3, torch.float32: 1e-5}
+PEER_LIMIT = 5e-3  # peers round to 8 bits up to three times: normed rows, weights, results
+ROWS, COLS = 30, 52  # of tokens in a frame of 480x832
 
 
-def grid_positions(tokens: int, rows: int = 30, cols: int = 52) -> torch.Tensor:
+def grid_positions(tokens: int) -> torch.Tensor:
     """Frame, row and column of the tokens of a 480x832 video, int32 [L, 3]."""
     index = torch.arange(tokens, device=DEVICE)
-    return torch.stack((index // (rows * cols), index // cols % rows, index % cols), dim=1).int()
+    return torch.stack((index // (ROWS * COLS), index // COLS % ROWS, index % COLS), dim=1).int()
 
 
 class Case:
     """One set of inputs; q and k are slices of a fused projection, as a model has them."""
 
     def __init__(self, tokens: int, heads: int, dim: int, dtype: torch.dtype) -> None:
-        fused = torch.randn(1, tokens, 3 * heads * dim, device=DEVICE, dtype=dtype)
-        self.q, self.k, self.v = (x.unflatten(2, (heads, dim)) for x in fused.chunk(3, dim=2))
+        self.fused = torch.randn(1, tokens, 3 * heads * dim, device=DEVICE, dtype=dtype)
+        self.q, self.k, self.v = (x.unflatten(2, (heads, dim)) for x in self.fused.chunk(3, dim=2))
         self.weights = [torch.rand(heads * dim, device=DEVICE) + 0.5 for _ in range(2)]
         self.positions = grid_positions(tokens)
         self.grads = [torch.randn_like(self.q) for _ in range(2)]
@@ -70,6 +75,14 @@ class Case:
             worst = max(worst, error)
         return worst
 
+    def check_forward_of(self, other: Callable[[], tuple[torch.Tensor, ...]]) -> float:
+        """The same for a peer's forward."""
+        exact = [x.double() if x.is_floating_point() else x for x in self.inputs]
+        pairs = zip(other(), reference.qk_norm_rope(*exact), strict=False)
+        worst = max(relative_rms(x.view_as(y), y) for x, y in pairs)
+        assert worst <= PEER_LIMIT, f"relative RMS error {worst:.2e}, expected at most {PEER_LIMIT:.0e}"
+        return worst
+
 
 def as_models_write_it(q, k, q_weight, k_weight, positions):
     """Norm in float32 and cast back; rotary by complex float64 numbers."""
@@ -89,6 +102,20 @@ def as_models_write_it(q, k, q_weight, k_weight, positions):
 
 
 compiled = torch.compile(reference.qk_norm_rope, dynamic=False)
+FLASHINFER = "flashinfer, values copied too"
+
+
+def by_flashinfer(case: Case) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """flashinfer's kernel for Wan: frames from 0 on, weights in bfloat16; it copies the values as well."""
+    function = importlib.import_module("flashinfer.norm").fused_qk_rmsnorm_rope
+    heads, dim = case.q.shape[2:]
+    grid = {"ppf": case.q.shape[1] // (ROWS * COLS), "pph": ROWS, "ppw": COLS}
+    names = ("num_frame_channels", "num_height_channels", "num_width_channels")
+    channels = dict(zip(names, (2 * pairs for pairs in reference.axis_pairs(dim)), strict=True))
+    counts = {f"num_heads_{x}": heads for x in "qkv"} | {"head_dim": dim}
+    options = {"eps": 1e-6, "base": 10000.0, "interleave": True}
+    weights = [weight.to(case.q.dtype) for weight in case.weights]
+    return partial(function, case.fused, *weights, **grid, **channels, **counts, **options)
 
 
 def measure(bench, name, direction, tokens, heads, dim=128, dtype=torch.bfloat16, peers=False):
@@ -98,6 +125,12 @@ def measure(bench, name, direction, tokens, heads, dim=128, dtype=torch.bfloat16
     cases = [first] + [Case(tokens, heads, dim, dtype) for _ in range(rounds_beyond_cache(bytes_moved) - 1)]
     # The peers' forward is not captured in a graph: they make constants on the host. They are far above launch cost.
     others = {"eager": as_models_write_it, "torch.compile": compiled} if peers else {}
+    others = {name: partial(function, *first.inputs) for name, function in others.items()}
+    if peers and bench.peers:
+        try:
+            others[FLASHINFER] = by_flashinfer(first)
+        except FAILURES as failure:
+            bench.recorder.leave_out("flashinfer", first_line(failure))
     bench.row(
         op="qk_norm_rope",
         case=name,
@@ -107,7 +140,8 @@ def measure(bench, name, direction, tokens, heads, dim=128, dtype=torch.bfloat16
         run=[case.keeping(getattr(case, direction)) for case in cases],
         work=bytes_moved,
         unit="TB/s",
-        peers={peer: lambda f=f: f(*first.inputs) for peer, f in others.items()},
+        peers=others,
+        peer_check=lambda name: first.check_forward_of(others[name]),
         graph=DEVICE == "cuda" and not peers,
     )
 
