@@ -192,11 +192,15 @@ def test_settings_from_file_and_pairs(tmp_path):
         ("batch=two", "batch: got 'two', expected an integer"),
         ("batch=1.5", "batch: got 1.5, expected an integer"),
         ("batch=true", "batch: got True, expected an integer"),
-        ("chunk_frames=3", "chunk_frames: got 3, expected a list of numbers"),
+        ("chunk_frames=3", "chunk_frames: got 3, expected a list of integers"),
+        ("chunk_frames=[1.5]", r"chunk_frames: got \[1.5\], expected a list of integers"),
+        ("betas=[true, 0.9]", r"betas: got \[True, 0.9\], expected a list of numbers"),
+        ("grad_clip=big", "grad_clip: got 'big', expected a number or None"),
         ("student_lr=fast", "student_lr: got 'fast', expected a number"),
         ("amp=1", "amp: got 1, expected true or false"),
         ("history=null", "history: got None, expected a text"),
-        ("window=all", "window: got 'all', expected a number or None"),
+        ("window=all", "window: got 'all', expected an integer or None"),
+        ("window=1.5", "window: got 1.5, expected an integer or None"),
     ],
 )
 def test_settings_of_another_kind_are_named(pair, message):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from raven.train import distributed
-from raven.train.checkpointing import check_same_config
+from raven.train.checkpointing import check_same_config, check_same_tensors
 from raven.train.config import Config
 from raven.train.optim import Ema, MasterWeights, adamw, clip_gradients, load_optimizer, step_seed
 from raven.train.phases import phase
@@ -38,13 +38,17 @@ class BaseTrainer:
     def add_trained(self, name: str, module: torch.nn.Module, lr: float, ema: float | None = None) -> None:
         """Train a module under ``name``: rank 0's weights everywhere, an optimizer, and an average if ``ema`` is given.
 
-        With ``config.master_weights`` the module is cast to bfloat16 in place and its masters are trained.
+        With ``config.master_weights`` the module is cast to bfloat16 in place and its masters are trained. Raises
+        ``ValueError``, with the module as it was, for one that cannot be trained so.
         """
         config = self.config
         if config.checkpointing != "model":
             if not hasattr(module, "gradient_checkpointing"):
                 kind = type(module).__name__
                 raise ValueError(f"checkpointing: got {config.checkpointing!r}, expected 'model': {kind} has no choice")
+        if not any(p.requires_grad for p in module.parameters()):
+            raise ValueError(f"{name}: got no parameter that requires a gradient, expected at least one")
+        if config.checkpointing != "model":
             module.gradient_checkpointing = config.checkpointing
         distributed.broadcast_parameters(module)
         self.modules[name] = module.train()
@@ -59,7 +63,13 @@ class BaseTrainer:
         return self.masters[name].parameters if name in self.masters else list(self.modules[name].parameters())
 
     def begin_step(self) -> None:
-        """Seed the generators for the step to come: from the run's seed, the rank and the step's number alone."""
+        """Seed the generators for the step to come: from the run's seed, the rank and the step's number alone.
+
+        Gradients of a step that an error broke off are dropped.
+        """
+        for name, optimizer in self.optimizers.items():
+            optimizer.zero_grad(set_to_none=True)
+            self.modules[name].zero_grad(set_to_none=True)
         seed = step_seed(self.config.seed, distributed.rank(), self.steps_done)
         self.host_generator.manual_seed(seed)
         if self.generator is not self.host_generator:
@@ -124,11 +134,15 @@ class BaseTrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state_dict`` was taken; ``ValueError`` for another kind of run or other settings."""
-        if state["trainer"] != type(self).__name__:
-            raise ValueError(f"checkpoint: got one of {state['trainer']}, expected one of {type(self).__name__}")
+        """Continue where ``state_dict`` was taken.
+
+        Raises ``ValueError``, before anything is replaced, for another kind of run, other settings or other models.
+        """
+        if state.get("trainer") != type(self).__name__:
+            raise ValueError(f"checkpoint: got one of {state.get('trainer')}, expected one of {type(self).__name__}")
         added = {name: value for name, value in type(self.config)().to_dict().items() if name in self._settings()}
         check_same_config({**added, **state["config"]}, self._settings())  # settings that are newer than the run
+        self._check_tensors(state)
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         for name, optimizer in self.optimizers.items():
@@ -138,6 +152,16 @@ class BaseTrainer:
         for name, masters in self.masters.items():
             masters.load_state_dict(state["masters"][name])
         self.steps_done = state["steps_done"]
+
+    def _check_tensors(self, state: dict[str, Any]) -> None:
+        for kind in ("modules", "averages", "masters"):
+            for name, part in getattr(self, kind).items():
+                check_same_tensors(f"checkpoint: {kind}/{name}", state[kind].get(name), part.state_dict())
+        for name, optimizer in self.optimizers.items():
+            groups = (state["optimizers"][name]["param_groups"], optimizer.param_groups)
+            saved, current = (sum(len(group["params"]) for group in kind) for kind in groups)
+            if saved != current:
+                raise ValueError(f"checkpoint: optimizers/{name}: got {saved} trained tensors, expected {current}")
 
     def _settings(self) -> dict[str, Any]:
         return {key: value for key, value in self.config.to_dict().items() if key not in self.ignored_settings}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,18 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> di
         raise ValueError(advice)
     del state["format"]
     return state
+
+
+def check_same_tensors(what: str, saved: Any, current: Mapping[str, torch.Tensor]) -> None:
+    """Raise ``ValueError`` unless ``saved`` has the names and shapes of ``current``; done before any is replaced."""
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"{what}: got {type(saved).__name__} in place of saved tensors, expected a dict of them")
+    if differing := sorted(saved.keys() ^ current.keys()):
+        given = "more" if differing[0] in saved else "no"
+        raise ValueError(f"{what}: got {given} {differing[0]!r}, expected the {len(current)} tensors of this model")
+    for name, tensor in current.items():
+        if tuple(saved[name].shape) != tuple(tensor.shape):
+            raise ValueError(f"{what}: got {name} {tuple(saved[name].shape)}, expected {tuple(tensor.shape)}")
 
 
 def check_same_config(saved: dict[str, Any], current: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
@@ -18,16 +19,37 @@ METHODS = ("cm_grpo", "flow_grpo")
 CHECKPOINTING = ("model", "none", "selective", "full")
 
 
+# What a number has to be, whichever settings it belongs to: words for the message, and the condition.
+_AT_LEAST_ZERO = ("expected at least 0", lambda v: v >= 0)
+_POSITIVE = ("expected a positive number", lambda v: v > 0)
+_SHARE = ("expected a number in [0, 1)", lambda v: 0 <= v < 1)
+_RANGES = {
+    **dict.fromkeys(("lr", "student_lr", "critic_lr", "final_lr", "eps", "weight_decay"), _AT_LEAST_ZERO),
+    **dict.fromkeys(("warmup", "critic_first", "sink", "window", "kl", "pool"), _AT_LEAST_ZERO),
+    **dict.fromkeys(("grad_clip", "shift", "advantage_clip", "clip", "scale", "noise_level"), _POSITIVE),
+    **dict.fromkeys(("ema", "prompt_dropout"), _SHARE),
+    "betas": ("expected two numbers in [0, 1)", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v)),
+}
+
+
+_OPTIONAL_INTEGERS = ("window", "micro_batch")
+
+
+def _is_number(value: Any, integer: bool = False) -> bool:
+    return isinstance(value, int if integer else int | float) and not isinstance(value, bool)
+
+
 def _check_kind(name: str, value: Any, default: Any) -> None:
     """Raise ``TypeError`` unless a setting is of the kind of its default; ``None`` stands for an optional number."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
     if default is None:
-        fits, kind = value is None or number, "a number or None"
+        integer = name in _OPTIONAL_INTEGERS
+        fits, kind = value is None or _is_number(value, integer), f"{'an integer' if integer else 'a number'} or None"
     elif isinstance(default, tuple):
-        fits = isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value)
-        kind = "a list of numbers"
+        integer = isinstance(default[0], int)
+        fits = isinstance(value, list | tuple) and all(_is_number(v, integer) for v in value)
+        kind = "a list of integers" if integer else "a list of numbers"
     elif isinstance(default, float):
-        fits, kind = number, "a number"
+        fits, kind = _is_number(value), "a number"
     else:  # a bool is an int to isinstance, but no count
         fits, kind = (
             type(value) is type(default),
@@ -35,6 +57,17 @@ def _check_kind(name: str, value: Any, default: Any) -> None:
         )
     if not fits:
         raise TypeError(f"{name}: got {value!r}, expected {kind}")
+
+
+def _check_range(name: str, value: Any) -> None:
+    """Raise ``ValueError`` for a number that is not finite (JSON has them here) or out of its setting's range."""
+    for number in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f"{name}: got {value!r}, expected finite numbers")
+    if name in _RANGES and value is not None:
+        want, holds = _RANGES[name]
+        if not holds(value):
+            raise ValueError(f"{name}: got {value!r}, {want}")
 
 
 @dataclass(frozen=True)
@@ -53,6 +86,7 @@ class Config:
     def __post_init__(self) -> None:
         for f in fields(self):
             _check_kind(f.name, getattr(self, f.name), f.default)
+            _check_range(f.name, getattr(self, f.name))
         for name in ("chunk_frames", "latent_shape", "betas"):
             if hasattr(self, name):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -63,8 +97,6 @@ class Config:
         self._one_of("checkpointing", CHECKPOINTING)
         if self.steps < 1:
             raise ValueError(f"steps: got {self.steps}, expected at least 1")
-        if self.grad_clip is not None and self.grad_clip <= 0:
-            raise ValueError(f"grad_clip: got {self.grad_clip}, expected a positive norm or None")
 
     @property
     def frames(self) -> int:
@@ -121,10 +153,6 @@ class PretrainConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._positive("batch")
-        if not 0 <= self.prompt_dropout < 1:
-            raise ValueError(f"prompt_dropout: got {self.prompt_dropout}, expected a number in [0, 1)")
-        if self.pool < 0:
-            raise ValueError(f"pool: got {self.pool}, expected 0 or more videos")
 
 
 @dataclass(frozen=True)
@@ -212,3 +240,5 @@ class PolicyConfig(Config):
             raise ValueError("clip: got None with updates_per_rollout > 1, expected a positive range for the PPO ratio")
         if self.method == "flow_grpo" and self.clip is None:
             raise ValueError("clip: got None with method 'flow_grpo', expected a positive range such as 1e-4")
+        if self.method == "flow_grpo" and self.kl > 0:
+            raise ValueError(f"kl: got {self.kl} with method 'flow_grpo', expected 0 (or method 'cm_grpo')")

@@ -71,11 +71,14 @@ def save_student(path: str | PathLike[str], model: CausalWan, config: DistillCon
 
 
 def import_factory(name: str, what: str) -> Callable[..., Any]:
-    """The callable ``module:attribute``; ``ValueError`` when there is none."""
+    """The callable ``module:attribute``; ``ValueError`` when there is none, ``TypeError`` for something else."""
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ValueError(f"{what}: got {name!r}, expected MODULE:NAME")
     try:
-        return getattr(import_module(module), attribute)
+        found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{what}: got {name!r}, which cannot be imported ({error})") from error
+        raise ValueError(f"{what}: got {name!r}, which cannot be imported ({error}), expected MODULE:NAME") from error
+    if not callable(found):
+        raise TypeError(f"{what}: got {name!r}, a {type(found).__name__}, expected something to call")
+    return found

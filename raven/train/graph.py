@@ -31,6 +31,8 @@ class GraphedStep:
             return self.fn(**inputs)
         if self._calls == 0:
             self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+        if inputs.keys() != self._inputs.keys():
+            raise ValueError(f"inputs: got {', '.join(inputs)}, expected {', '.join(self._inputs)} as before")
         for name, tensor in inputs.items():
             held = self._inputs[name]
             if held.shape != tensor.shape or held.dtype != tensor.dtype:
@@ -41,9 +43,10 @@ class GraphedStep:
         if self._calls <= self.WARMUP:
             return self._on_side_stream()
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self._outputs = self.fn(**self._inputs)
+            self._graph = graph  # only now: what an error left unfinished would replay as nothing
         self._graph.replay()
         return self._outputs
 

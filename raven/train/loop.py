@@ -102,17 +102,32 @@ def _numbers(metrics: Mapping[str, float | torch.Tensor], step: int, device: tor
 
 
 def read_metrics(path: str | os.PathLike[str], until: int | None = None) -> list[dict[str, float]]:
-    """The records of a metrics file, at most up to step ``until``; a last line cut off by a crash is left out."""
+    """The records of a metrics file, at most up to step ``until``; a last line cut off by a crash is left out.
+
+    Raises ``ValueError`` that names the file and the line for anything else that is not a record.
+    """
     records = []
     path = Path(path)
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
             if not line.endswith("\n"):
                 break
-            record = json.loads(line)
+            record = _record(line)
+            if record is None:
+                raise ValueError(
+                    f"path: {path}, line {number}: got {line[:60]!r}, expected metrics as JSON with a step"
+                )
             if until is None or record["step"] <= until:
                 records.append(record)
     return records
+
+
+def _record(line: str) -> dict[str, float] | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _rewind_log(path: Path, step: int) -> None:
@@ -151,16 +166,21 @@ def run(
     directory = Path(directory)
     checkpoint, log_path = directory / CHECKPOINT, directory / log
     main = distributed.is_main()
+    device = getattr(trainer, "device", torch.device("cpu"))
     if main:
         directory.mkdir(parents=True, exist_ok=True)
     distributed.barrier()
     if checkpoint.exists():
         trainer.load_state_dict(checkpointing.load(checkpoint))
-    distributed.barrier()
+    same = distributed.average({"step": trainer.steps_done}, device)["step"]
+    if distributed.any_rank(same != trainer.steps_done, device):
+        raise ValueError(
+            f"directory: got a run at step {trainer.steps_done} in {directory}, expected the same on every rank "
+            "(they must see the same files)"
+        )
     if main:
         _rewind_log(log_path, trainer.steps_done)
     saved_at = trainer.steps_done if checkpoint.exists() else -1
-    device = getattr(trainer, "device", torch.device("cpu"))
 
     def save() -> None:
         nonlocal saved_at

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from raven.train.checkpointing import check_same_tensors
+
 
 def step_seed(seed: int, rank: int, step: int) -> int:
     """Seed of one training step on one rank.
@@ -30,7 +32,7 @@ def adamw(
     """Fused AdamW over the parameters that require gradients; on a GPU its rate is a tensor (see ``set_lr``)."""
     trained = [p for p in parameters if p.requires_grad]
     if not trained:
-        raise ValueError("parameters: got none that requires a gradient")
+        raise ValueError("parameters: got none that requires a gradient, expected at least one")
     cuda = trained[0].is_cuda
     rate = torch.tensor(lr, device=trained[0].device) if cuda else lr
     return torch.optim.AdamW(
@@ -111,16 +113,10 @@ class MasterWeights:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Load what ``state_dict`` gave, in place, into the masters and the module."""
-        _check_names("masters", self.names, state)
+        """Load what ``state_dict`` gave, in place, into the masters and the module; ``ValueError`` for another's."""
+        check_same_tensors("masters", state, self.state_dict())
         torch._foreach_copy_([p.data for p in self.parameters], [state[name] for name in self.names])
         self.publish()
-
-
-def _check_names(what: str, names: list[str], state: dict[str, torch.Tensor]) -> None:
-    differing = set(names) ^ set(state)
-    if differing:
-        raise ValueError(f"{what}: got a state that differs in {sorted(differing)[:4]}")
 
 
 class Ema:
@@ -146,7 +142,8 @@ class Ema:
 
     @torch.no_grad()
     def copy_to(self, module: torch.nn.Module) -> None:
-        """Write the average into the parameters of ``module`` (of the same architecture)."""
+        """Write the average into the parameters of ``module``; ``ValueError`` for another architecture's."""
+        check_same_tensors("module", dict(module.named_parameters()), self.state_dict())
         torch._foreach_copy_([p.data for p in module.parameters()], self.average)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -155,6 +152,6 @@ class Ema:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Load what ``state_dict`` gave, in place."""
-        _check_names("ema", self.names, state)
+        """Load what ``state_dict`` gave, in place; ``ValueError`` for another's."""
+        check_same_tensors("ema", state, self.state_dict())
         torch._foreach_copy_(self.average, [state[name] for name in self.names])

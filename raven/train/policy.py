@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from os import PathLike
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from raven.errors import check_shape
 from raven.grpo import Transition, cm_grpo_loss, draw_steps, group_advantages, replay, sde_rollout, transition
 from raven.rollout import Rollout, rollout
 from raven.schedule import sampling_levels
@@ -52,6 +54,10 @@ class CMGRPOTrainer(BaseTrainer):
         decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
         reference: torch.nn.Module | None = None,
     ) -> None:
+        if not callable(reward):
+            raise TypeError(
+                f"reward: got {type(reward).__name__}, expected a function (video, prompts) -> {{name: [B]}}"
+            )
         super().__init__(config, next(student.parameters()).device)
         self.reward, self.prompts, self.decode = reward, prompts, decode
         self.weights = weights if weights is not None else getattr(reward, "weights", None)
@@ -91,7 +97,12 @@ class CMGRPOTrainer(BaseTrainer):
 
     @torch.no_grad()
     def _score(self, latents: torch.Tensor, asked: list[str]) -> Mapping[str, torch.Tensor]:
-        return self.reward(latents if self.decode is None else self.decode(latents), asked)
+        rewards = self.reward(latents if self.decode is None else self.decode(latents), asked)
+        if not isinstance(rewards, Mapping):
+            raise TypeError(f"reward: got {type(rewards).__name__} from it, expected {{name: [B]}}")
+        for name, values in rewards.items():
+            check_shape(f"reward {name!r}", values, (len(asked),))
+        return rewards
 
     def advantages(self, rewards: Mapping[str, torch.Tensor], asked: list[str]) -> torch.Tensor:
         """Advantages ``[B]`` of scored samples; override to weigh them otherwise."""
@@ -244,7 +255,10 @@ def _weights(pairs: list[str]) -> dict[str, float] | None:
     for pair in pairs:
         name, _, number = pair.partition("=")
         try:
-            weights[name] = float(number)
+            value = float(number)
         except ValueError as error:
             raise ValueError(f"weight: got {pair!r}, expected NAME=NUMBER") from error
+        if not name or name in weights or not math.isfinite(value):
+            raise ValueError(f"weight: got {pair!r}, expected NAME=NUMBER, finite and once for each name")
+        weights[name] = value
     return weights or None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class PromptFile:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except _safetensors("SafetensorError") as error:
             raise ValueError(f"path: {path} is not a safetensors file ({error})") from error
-        self.prompts: list[str] = json.loads(metadata.get("prompts", "[]"))
+        self.prompts = _prompts_of(metadata, path)
         wanted = {str(i) for i in range(len(self.prompts))}
         if not self.prompts or set(tensors) - {"negative"} != wanted:
             raise ValueError(
@@ -61,8 +61,9 @@ class PromptFile:
                 'expected prompts, and one tensor "0", "1", ... for each'
             )
         self.embeddings = [_padded(tensors[str(i)], text_len, self.prompts[i]) for i in range(len(self.prompts))]
-        negative = tensors.get("negative", torch.zeros(0, self.embeddings[0].shape[1]))
-        self.negative = _padded(negative, text_len, "negative").to(self.device)
+        width = self.embeddings[0].shape[1]
+        self.negative = _padded(tensors.get("negative", torch.zeros(0, width)), text_len, "negative").to(self.device)
+        _check_widths([*self.prompts, "negative"], [*self.embeddings, self.negative])
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -79,12 +80,21 @@ class PromptFile:
         embeddings: Sequence[torch.Tensor],
         negative: torch.Tensor | None = None,
     ) -> None:
-        """Write a prompt file, whole or not at all, from prompts and their embeddings ``[n_i, text_dim]``."""
+        """Write a prompt file, whole or not at all, from prompts and their embeddings ``[n_i, text_dim]``.
+
+        Raises ``ValueError`` for embeddings that a ``PromptFile`` would refuse.
+        """
         from raven.checkpoint import write_safetensors
 
         if len(prompts) != len(embeddings) or not prompts:
             raise ValueError(f"embeddings: got {len(embeddings)} for {len(prompts)} prompts, expected one for each")
-        tensors = {str(i): rows.contiguous() for i, rows in enumerate(embeddings)}
+        names, rows = [*prompts], [*embeddings]
+        if negative is not None:
+            names, rows = [*names, "negative"], [*rows, negative]
+        for name, embedding in zip(names, rows, strict=True):
+            _padded(embedding, len(embedding), name)
+        _check_widths(names, rows)
+        tensors = {str(i): embedding.contiguous() for i, embedding in enumerate(embeddings)}
         if negative is not None:
             tensors["negative"] = negative.contiguous()
         write_safetensors(path, tensors, {"prompts": json.dumps(list(prompts))})
@@ -97,6 +107,25 @@ def _safetensors(name: str) -> Any:
     except ImportError as error:
         raise ModuleNotFoundError("safetensors is not installed; pip install 'raven-kernels[train]'") from error
     return getattr(safetensors, name)
+
+
+def _prompts_of(metadata: Mapping[str, str], path: str | PathLike[str]) -> list[str]:
+    try:
+        prompts = json.loads(metadata.get("prompts", "[]"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"path: {path} has prompts in its metadata that are not JSON ({error})") from error
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(
+            f"path: {path} has {str(prompts)[:60]!r} for prompts in its metadata, expected a list of texts"
+        )
+    return prompts
+
+
+def _check_widths(names: Sequence[str], rows: Sequence[torch.Tensor]) -> None:
+    for name, embedding in zip(names, rows, strict=True):
+        if embedding.shape[1] != rows[0].shape[1]:
+            want = f"{rows[0].shape[1]} as that of {names[0]!r}"
+            raise ValueError(f"embedding of {name!r}: got text_dim {embedding.shape[1]}, expected {want}")
 
 
 def _padded(rows: torch.Tensor, text_len: int, prompt: str) -> torch.Tensor:
