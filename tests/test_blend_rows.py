@@ -59,6 +59,8 @@ def test_empty_and_strided():
     assert torch.equal(cache, before)
     turned = cache.transpose(1, 2).contiguous().transpose(1, 2)
     assert "cache has strides" in raven.explain("blend_rows", turned, None).reasons["triton"]
+    many = torch.empty(65536, 2, 1, 16, device="meta")
+    assert "cache has batch 65536, more than the 65535" in raven.explain("blend_rows", many, None).reasons["triton"]
     check((turned, lost, 1, 7, 4, ALPHA))
 
 

@@ -105,6 +105,8 @@ def test_unpacked_tensors_are_for_the_reference():
     turned = cache.transpose(1, 2).contiguous().transpose(1, 2)
     reasons = raven.explain("read_rows", turned, out, others[0]).reasons
     assert "cache has strides" in reasons["triton"] and reasons["reference"] is None
+    many = torch.empty(65536, 2, 1, 16, device="meta")
+    assert "cache has batch 65536, more than the 65535" in raven.explain("read_rows", many, many).reasons["triton"]
     check((turned, rows, out, *others))
 
 

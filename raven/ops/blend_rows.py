@@ -6,6 +6,7 @@ import torch
 
 from raven import backends
 from raven.errors import check_dtype, check_no_tangent, check_same_device, check_shape
+from raven.ops.chunk_attention import MAX_GRID
 from raven.ops.qk_norm_rope import DTYPES
 from raven.reference import blend_rows as reference
 from raven.spans import check_int
@@ -92,7 +93,11 @@ def _run(cache, lost, target, source, tokens, alpha):
 
 def _triton_reason(*tensors: object) -> str | None:
     for name, x in zip(("cache", "lost"), tensors, strict=False):
-        if isinstance(x, torch.Tensor) and x[0:1].numel() and not x[0].is_contiguous():
+        if not isinstance(x, torch.Tensor):
+            continue
+        if x.shape[0] > MAX_GRID:
+            return f"{name} has batch {x.shape[0]}, more than the {MAX_GRID} of a launch grid"
+        if x[0:1].numel() and not x[0].is_contiguous():
             return f"{name} has strides {x.stride()}, and the rows of a batch entry must be packed"
     return backends.triton_reason(*tensors)
 

@@ -8,6 +8,7 @@ import torch
 
 from raven import backends
 from raven.errors import check_dtype, check_no_tangent, check_same_device, check_shape
+from raven.ops.chunk_attention import MAX_GRID
 from raven.ops.qk_norm_rope import DTYPES, HEAD_DIMS
 from raven.reference import read_rows as reference
 
@@ -88,6 +89,8 @@ def _(cache, rows, out, scale, positions, theta):
 def _triton_reason(cache: object = None, out: object = None, scale: object = None, *others: object) -> str | None:
     for name, x in (("cache", cache), ("out", out)):
         if isinstance(x, torch.Tensor):
+            if x.shape[0] > MAX_GRID:
+                return f"{name} has batch {x.shape[0]}, more than the {MAX_GRID} of a launch grid"
             if x.shape[3] not in HEAD_DIMS:
                 return f"head dim {x.shape[3]} is not one of {', '.join(map(str, HEAD_DIMS))}"
             if x.stride(3) != 1 or x.stride(2) != x.shape[3]:
