@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from raven.reference import qk_norm_rope as reference
+
 FA3_DENSE = """q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
     window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0,
     return_attn_probs=False"""
@@ -223,6 +225,19 @@ class RaggedWrapper:
         return varlen(a.q, a.k, a.v, *a.self.ends)
 
 
+@takes(FLASHINFER_QK)
+def fused_qk_rmsnorm_rope(a):
+    batch, length, width = a.qkv.shape
+    channels = (a.num_frame_channels, a.num_height_channels, a.num_width_channels)
+    assert length == a.ppf * a.pph * a.ppw and a.head_dim in (64, 128, 256) and a.interleave
+    assert sum(channels) == a.head_dim and channels == tuple(2 * n for n in reference.axis_pairs(a.head_dim))
+    assert width == (a.num_heads_q + a.num_heads_k + a.num_heads_v) * a.head_dim and a.qkv.is_contiguous()
+    assert a.q_weight.dtype == a.k_weight.dtype == a.qkv.dtype
+    at = torch.cartesian_prod(*(torch.arange(n) for n in (a.ppf, a.pph, a.ppw)))
+    q, k, v = (x.unflatten(2, (-1, a.head_dim)) for x in a.qkv.chunk(3, dim=2))
+    return *reference.qk_norm_rope(q, k, a.q_weight, a.k_weight, at.int(), a.eps, a.base), v
+
+
 def module(name, **attributes):
     found = ModuleType(name)
     found.__dict__.update(attributes)
@@ -244,6 +259,7 @@ def packages():
         module("cutlass.cute", jit=lambda function: function),
         module("magi_attention"),
         module("magi_attention.functional", flex_flash_attn_func=magi),
+        module("flashinfer.norm", fused_qk_rmsnorm_rope=fused_qk_rmsnorm_rope),
         module("flashinfer", BatchPrefillWithRaggedKVCacheWrapper=RaggedWrapper),
     ]
     return {m.__name__: m for m in found}

@@ -73,6 +73,18 @@ def test_lists_of_blocks_hold_whole_ones(peers):
     assert partly[0].sum() > 0 and wholly[0].sum() > 0
 
 
+def test_norm_and_rotary_of_flashinfer(peers, monkeypatch):
+    """Every peer of the bench, at the size of one frame."""
+    monkeypatch.setitem(sys.modules, "harness", module_of("harness"))
+    monkeypatch.setitem(sys.modules, "peers", peers)
+    bench = module_of("bench_qk_norm_rope")
+    case = bench.Case(2 * bench.ROWS * bench.COLS, 2, 64, torch.float32)
+    for other in (bench.by_flashinfer(case), lambda: bench.as_models_write_it(*case.inputs)):
+        assert case.check_forward_of(other) < 1e-5
+    with pytest.raises(AssertionError, match="relative RMS error"):
+        case.check_forward_of(lambda: (case.q, case.k))
+
+
 def test_the_packages_refuse_what_they_do_not_know():
     q, k, v, _ = tensors(MASKS["full"])
     for function in (peer_packages.fa3_dense, peer_packages.fa4_dense, peer_packages.magi):
