@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ except ImportError as missing:
     hint = "checkpoints need safetensors: pip install raven-kernels[train]"
     raise ModuleNotFoundError(hint, name="safetensors") from missing
 
+from raven.errors import DAMAGED
 from raven.models.config import WanConfig, read_object
 from raven.models.wan import CausalWan
 
@@ -191,26 +191,15 @@ def load_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     try:
         if path.suffix == ".json":
             index = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(index, dict):
-                raise KeyError("weight_map")
-            shards = sorted(set(index["weight_map"].values()))
-            state: dict[str, Any] = {}
-            for shard in shards:
-                state.update(load_checkpoint(path.parent / Path(shard).name))
-            return state
-        if path.suffix == ".safetensors":
+            shards = sorted({path.parent / Path(shard).name for shard in index["weight_map"].values()})
+        elif path.suffix == ".safetensors":
             return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-    ) as error:
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except (SafetensorError, *DAMAGED) as error:
         raise ValueError(f"path: {path} cannot be read as a checkpoint of weights ({error})") from error
+    if path.suffix == ".json":
+        return {name: tensor for shard in shards for name, tensor in load_checkpoint(shard).items()}
     if not isinstance(loaded, Mapping):
         raise ValueError(f"path: {path} holds a {type(loaded).__name__}, expected a state dict")
     return dict(loaded)

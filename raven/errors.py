@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 
 import torch
 from torch.autograd import forward_ad
+
+# What torch.load raises for a damaged file: it takes the pickled instructions in it at their word.
+DAMAGED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
 
 
 class BackendUnavailableError(RuntimeError):

@@ -1,10 +1,12 @@
 """What training refuses: by the name of the argument, and with everything as it was."""
 
+import random
+
 import pytest
 import torch
 from tiny_train import CHUNKS, PROMPTS, SHAPE, assert_same, make, tiny, weights
 
-from raven.checkpoint import write_safetensors
+from raven.checkpoint import load_checkpoint, write_safetensors
 from raven.train import DistillConfig, PolicyConfig, PretrainConfig, checkpointing, policy, run
 from raven.train.files import import_factory
 from raven.train.graph import GraphedStep
@@ -196,3 +198,26 @@ def test_a_capture_that_failed_is_not_replayed():
     with pytest.raises(RuntimeError, match="broken off"):
         step(x=torch.zeros((), device="cuda"))
     assert float(step(x=torch.tensor(7.0, device="cuda"))["y"]) == 8
+
+
+def test_a_damaged_checkpoint_is_refused_whatever_its_bytes_say(tmp_path):
+    """Bytes of the pickled part changed at random; some changes leave a readable file, none another error."""
+    trainer = make("grpo")
+    trainer.step()
+    path = tmp_path / "checkpoint.pt"
+    checkpointing.save_atomic(trainer.state_dict(), path)
+    whole, draw = path.read_bytes(), random.Random(0)
+    begin = whole.find(b"data.pkl")
+    end = whole.find(b"byteorder", begin)
+    refused = 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[draw.randrange(begin, end)] = draw.randrange(256)
+        path.write_bytes(damaged)
+        for load in (checkpointing.load, load_checkpoint):
+            try:
+                load(path)
+            except ValueError as error:
+                assert "checkpoint.pt is not a readable" in str(error) or "checkpoint.pt cannot be read" in str(error)
+                refused += 1
+    assert refused > 100

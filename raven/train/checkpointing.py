@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from raven.errors import DAMAGED
 
 FORMAT = "raven-training-2"  # 1: queries, keys and values of a block were three parameters
 
@@ -40,7 +41,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> di
     advice = f"{path} is not a readable raven training checkpoint; delete it to start from the beginning"
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{advice} ({error})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(advice)
