@@ -15,8 +15,8 @@ from functools import cache, cached_property, lru_cache, partial
 import pytest
 import torch
 import torch._functorch.config
-from harness import DEVICE, first_line
-from peers import FAILURES, GATHERED, MASKED, PEERS, InTorch, Peer
+from harness import DEVICE, failures, first_line
+from peers import GATHERED, MASKED, PEERS, InTorch, Peer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
@@ -224,7 +224,7 @@ class Case:
             try:
                 peer = self.peer(name, direction)
                 found[peer.label(name)] = self._job(peer, direction)
-            except FAILURES as failure:
+            except failures() as failure:
                 bench.recorder.leave_out(name, first_line(failure))
         return found
 

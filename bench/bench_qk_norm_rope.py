@@ -12,8 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from harness import DEVICE, first_line, rounds_beyond_cache
-from peers import FAILURES
+from harness import DEVICE, failures, first_line, rounds_beyond_cache
 
 from raven import explain
 from raven.ops import qk_norm_rope
@@ -129,7 +128,7 @@ def measure(bench, name, direction, tokens, heads, dim=128, dtype=torch.bfloat16
     if peers and bench.peers:
         try:
             others[FLASHINFER] = by_flashinfer(first)
-        except FAILURES as failure:
+        except failures() as failure:
             bench.recorder.leave_out("flashinfer", first_line(failure))
     bench.row(
         op="qk_norm_rope",

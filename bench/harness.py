@@ -18,6 +18,7 @@ measured once, at the first of those rows, and count for all.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cached_property
@@ -39,6 +40,14 @@ RESULTS = Path(__file__).parent / "results"
 CACHE_BYTES = 256 * 2**20
 # A GPU settles at the clock that its power allows within this; shorter runs flatter whoever comes first.
 WARMUP_MS = 100.0
+# What a missing, broken or unsuitable package may raise. Everything else is our own mistake.
+FAILURES = (ImportError, AttributeError, AssertionError, OSError, RuntimeError, TypeError, ValueError)
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """``FAILURES`` and, where CuTe's compiler is loaded, what it raises: its own kind of exception."""
+    compiler = sys.modules.get("cutlass.base_dsl.common")
+    return FAILURES if compiler is None else (*FAILURES, compiler.DSLBaseError)
 
 
 def rounds_beyond_cache(bytes_per_call: int) -> int:
@@ -142,7 +151,7 @@ class Recorder:
                 try:
                     error = check(name) if check else None
                     self._peers[key][name] = self._time(peer, graph), error
-                except (AssertionError, RuntimeError, TypeError, ValueError) as failure:
+                except failures() as failure:
                     if check is None:
                         raise
                     self.leave_out(f"{name}, {' '.join(key)}", first_line(failure))

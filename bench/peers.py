@@ -18,8 +18,6 @@ from peers_blocks import block_lists, cute_mask, range_table
 
 from raven.spans import Spans
 
-# What a missing, broken or unsuitable package may raise. Everything else is our own mistake.
-FAILURES = (ImportError, AttributeError, AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError)
 GATHERED = ", keys gathered before"
 BLOCK = 128  # queries and keys of a block; FlashAttention 4 takes no other on Hopper
 

@@ -5,7 +5,7 @@ import sys
 import peer_packages
 import pytest
 import torch
-from bench_files import module_of
+from bench_files import arguments, module_of
 
 from raven.layout import ChunkLayout
 from raven.spans import Spans
@@ -76,7 +76,6 @@ def test_lists_of_blocks_hold_whole_ones(peers):
 def test_norm_and_rotary_of_flashinfer(peers, monkeypatch):
     """Every peer of the bench, at the size of one frame."""
     monkeypatch.setitem(sys.modules, "harness", module_of("harness"))
-    monkeypatch.setitem(sys.modules, "peers", peers)
     bench = module_of("bench_qk_norm_rope")
     case = bench.Case(2 * bench.ROWS * bench.COLS, 2, 64, torch.float32)
     for other in (bench.by_flashinfer(case), lambda: bench.as_models_write_it(*case.inputs)):
@@ -92,6 +91,20 @@ def test_the_packages_refuse_what_they_do_not_know():
             function(q[None], k[None], v[None], cu_seqlen_q=None)
     with pytest.raises(TypeError, match="max_seqlen_k"):
         peer_packages.magi(q, k, v, max_seqlen_k=3)
+
+
+def test_a_compiler_of_a_peer_may_fail_in_its_own_way(monkeypatch):
+    """CuTe's errors are no RuntimeError: the peer is left out, the row stays."""
+    error = type("DSLBaseError", (Exception,), {})
+    monkeypatch.setitem(sys.modules, "cutlass.base_dsl.common", peer_packages.module("common", DSLBaseError=error))
+
+    def fails():
+        raise error("no kernel for this")
+
+    recorder = module_of("harness").Recorder("cpu")
+    row = recorder.row(**arguments(peers={"fa4": fails, "other": int}, peer_check=lambda name: 0.0))
+    assert row["peers"].keys() == {"other"}
+    assert recorder.left_out == {"fa4, add small forward": "DSLBaseError: no kernel for this"}
 
 
 def test_peers_that_are_not_there_say_so(peers, monkeypatch):
