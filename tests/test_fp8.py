@@ -165,6 +165,8 @@ def test_refuses_and_leaves_the_model_as_it_was():
     model = tiny_model()
     with pytest.raises(ValueError, match=r"parts: got head, expected some of self_attn, cross_attn, ffn"):
         quantize_linears(model, parts=("ffn", "head"))
+    with pytest.raises(TypeError, match="model: got Linear, expected a CausalWan"):
+        quantize_linears(make_linear())
     with pytest.raises(ValueError, match="skip_blocks: got 3, expected 0 to 2"):
         quantize_linears(model, skip_blocks=(3,))
     assert not float8_names(odd) and not float8_names(model)

@@ -341,3 +341,37 @@ def test_cached_forward_refuses_gradients_and_a_second_history():
         model(x, t, context, ChunkLayout.prefill((1,), 4), x_0=x_0)
     with pytest.raises(ValueError, match="x: got 1 frames, expected 2"):
         model(x, t, context, ChunkLayout.bidirectional(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"patch_size": 2}, r"patch_size: got 2, expected \(1, rows, columns\)"),
+        ({"patch_size": (1, 2.5, 2)}, r"patch_size: got \(1, 2.5, 2\), expected"),
+        ({"patch_size": "abc"}, "patch_size: got 'abc', expected"),
+        ({"eps": float("nan")}, "eps: got nan, expected a small positive number"),
+        ({"eps": "1e-6"}, "eps: got '1e-6', expected"),
+        ({"qk_norm": "no"}, "qk_norm: got 'no', expected True or False"),
+    ],
+)
+def test_config_of_other_kinds_is_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        WanConfig(**values)
+
+
+@torch.no_grad()
+def test_arguments_of_another_kind_are_named():
+    model = tiny_model()
+    x, _, t, context = tiny_inputs(2)
+    text = model.encode_text(context)
+    for error, message, arguments in (
+        (TypeError, "t: got list, expected a noise level", {"t": [0.5, 0.5]}),
+        (TypeError, r"context\[0\]: got dtype int64, expected float32", {"context": [p.long() for p in context]}),
+        (TypeError, "layout: got str, expected a ChunkLayout or None", {"layout": "repacked"}),
+        (ValueError, "context: got keys of 1 layers, expected 3", {"context": TextCache(text.k[:1], text.v[:1])}),
+        (ValueError, "write_only: got True without a cache", {"write_only": True}),
+    ):
+        with pytest.raises(error, match=message):
+            model(**{"x": x, "t": t, "context": context, **arguments})
+    with pytest.raises(ValueError, match="caches: got none, expected at least one"):
+        TextCache.cat([])

@@ -37,7 +37,7 @@ class WanConfig:
 
     ``patch_size`` is (frames, rows, columns) of one token; the temporal size is 1, because a chunk is made of whole
     latent frames. ``text_len`` is the number of text rows every prompt is padded to. Raises ``ValueError`` for sizes
-    that do not fit each other.
+    that do not fit each other, and for values of another kind.
     """
 
     dim: int = 1536
@@ -55,7 +55,15 @@ class WanConfig:
     cross_attn_norm: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "patch_size", tuple(int(p) for p in self.patch_size))
+        patch = self.patch_size
+        if not isinstance(patch, list | tuple) or not all(type(p) is int for p in patch):
+            raise ValueError(f"patch_size: got {patch!r}, expected (1, rows, columns)")
+        object.__setattr__(self, "patch_size", tuple(patch))
+        if not isinstance(self.eps, int | float) or not 0 < self.eps < 1:
+            raise ValueError(f"eps: got {self.eps!r}, expected a small positive number")
+        for name in ("qk_norm", "cross_attn_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected True or False")
         sizes = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "freq_dim", "text_dim", "text_len")
         for name in sizes:
             value = getattr(self, name)

@@ -170,6 +170,8 @@ def quantize_linears(
     Raises ``ValueError`` for an unknown part or block, widths that are not multiples of 16 or a model that was
     quantised before, and ``BackendUnavailableError`` on a GPU below compute capability 8.9, with the model unchanged.
     """
+    if not isinstance(getattr(model, "blocks", None), nn.ModuleList):
+        raise TypeError(f"model: got {type(model).__name__}, expected a CausalWan")
     if unknown := sorted(set(parts) - set(PARTS)):
         raise ValueError(f"parts: got {', '.join(unknown)}, expected some of {', '.join(PARTS)}")
     blocks = list(model.blocks)

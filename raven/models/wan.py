@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,9 @@ class TextCache:
 
     @staticmethod
     def cat(caches: Sequence[TextCache]) -> TextCache:
-        """Several batches of prompts as one."""
+        """Several batches of prompts as one; ``ValueError`` for none."""
+        if not caches:
+            raise ValueError("caches: got none, expected at least one")
         layers = range(len(caches[0].k))
         return TextCache(
             tuple(torch.cat([c.k[i] for c in caches]) for i in layers),
@@ -171,7 +174,7 @@ class CausalWan(nn.Module):
         ``context`` is a list of ``[n_i, text_dim]`` (one a sample, ``n_i <= text_len``) or a padded tensor
         ``[B, n, text_dim]``. Missing rows are zeros *before* the text embedding and are attended to, as in Wan.
         A ``TextCache`` is returned as it is. Raises ``ValueError`` for a prompt that is too long or too wide,
-        ``TypeError`` for one that is not a tensor.
+        ``TypeError`` for one that is not a floating-point tensor.
         """
         return self._text(context)
 
@@ -186,6 +189,7 @@ class CausalWan(nn.Module):
             if not isinstance(row, torch.Tensor):
                 raise TypeError(f"context[{i}]: got {type(row).__name__}, expected an encoded prompt (a tensor)")
             check_shape(f"context[{i}]", row, ("n", config.text_dim))
+            check_dtype(f"context[{i}]", row, LATENT_DTYPES)
             if row.shape[0] > config.text_len:
                 limit = f"expected at most text_len = {config.text_len}"
                 raise ValueError(f"context[{i}]: got {row.shape[0]} rows, {limit}")
@@ -224,8 +228,8 @@ class CausalWan(nn.Module):
         the one runs in the same forward as this pass of the other; ``x`` sees it. ``positions`` int32 ``[L, 3]`` are
         those of the row's tokens where they must lie at a fixed address, for a CUDA graph.
         With neither, attention is bidirectional over all of ``x``.
-        The result has the dtype of ``x``. Raises ``ValueError`` for shapes, levels or devices that do not fit,
-        ``TypeError`` for latents that are not floating point.
+        The result has the dtype of ``x``. Raises ``ValueError`` for shapes, levels, devices or combinations that do
+        not fit, ``TypeError`` for latents that are not floating point and arguments of another kind.
         """
         config = self.config
         check_shape("x", x, ("B", config.in_dim, "F", "H", "W"))
@@ -235,6 +239,8 @@ class CausalWan(nn.Module):
         rows, columns = x.shape[3] // ph, x.shape[4] // pw
         patches = patchify(x, config.patch_size)
         text = self._text(context)
+        if len(text.k) != len(self.blocks):
+            raise ValueError(f"context: got keys of {len(text.k)} layers, expected {len(self.blocks)}")
         if len(text) != x.shape[0]:
             raise ValueError(f"context: got {len(text)} prompts, expected one for each of the {x.shape[0]} samples")
         keep: Packing | LastSegment | None = None
@@ -253,8 +259,12 @@ class CausalWan(nn.Module):
                 keep = last_segment(lengths, x.device)
             attend = self._cached(cache, frame, chunks, (rows, columns), positions, write_only)
         else:
+            if write_only:
+                raise ValueError("write_only: got True without a cache, expected a cache to write to")
             if layout is None:
                 layout = ChunkLayout.bidirectional(x.shape[2], rows * columns)
+            if not isinstance(layout, ChunkLayout):
+                raise TypeError(f"layout: got {type(layout).__name__}, expected a ChunkLayout or None")
             packing = make_packing(layout, rows, columns, x.device)
             patches = packing.pack(patches, self._clean_patches(packing, x, x_0))
             lengths = packing.lengths
@@ -278,6 +288,8 @@ class CausalWan(nn.Module):
 
     def _levels(self, t: torch.Tensor | float, batch: int, chunks: int) -> torch.Tensor:
         """Noise levels ``[B, chunks]`` in at least float32."""
+        if not isinstance(t, torch.Tensor | Real):
+            raise TypeError(f"t: got {type(t).__name__}, expected a noise level (a number or a tensor)")
         check_level("t", t)
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         if not isinstance(t, torch.Tensor):
