@@ -67,6 +67,7 @@ with d.process_group("cpu") as device:
 SHARDED = """
 import torch
 from tiny_wan import tiny_inputs, tiny_model
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from raven.models.sharding import shard, unsharded
 from raven.repack import repacked_forward
@@ -111,6 +112,15 @@ with d.process_group("cpu") as device:
             assert message in str(error)
         else:
             raise AssertionError(message)
+    whole_blocks = tiny_model()
+    for block in whole_blocks.blocks:
+        fully_shard(block)
+    try:
+        whole_blocks.encode_text(context)
+    except ValueError as error:
+        assert "expected raven.models.sharding.shard" in str(error)
+    else:
+        raise AssertionError("blocks that were sharded whole")
     try:
         d.broadcast_parameters(model)
     except ValueError as error:

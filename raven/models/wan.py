@@ -200,6 +200,11 @@ class CausalWan(nn.Module):
             padded = F.pad(context, (0, 0, 0, short[0]))
         else:
             padded = torch.stack([F.pad(row, (0, 0, 0, n)) for row, n in zip(rows, short, strict=True)])
+        for block in self.blocks[:1]:
+            # Called outside of its block, where a block that was sharded as one has gathered nothing yet.
+            k = block.cross_attn.k
+            if hasattr(getattr(k, "weight", None), "full_tensor") and not hasattr(k, "unshard"):
+                raise ValueError("model: got blocks that were sharded whole, expected raven.models.sharding.shard")
         embedded = self.text_embedding(padded.to(device=self.device, dtype=self.dtype))
         pairs = [block.cross_attn.text(embedded) for block in self.blocks]
         return TextCache(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
