@@ -127,10 +127,11 @@ def _flash(module: str):
 
 def _fa4_blocks(q, k, v, spans: Spans, deterministic: bool) -> Peer:
     """FlashAttention 4 with the mask itself: lists of blocks, and a function for those that are seen in part."""
+    if deterministic:
+        raise NotImplementedError("on Hopper its backward with blocks has no deterministic form")
     function = importlib.import_module("flash_attn.cute").flash_attn_func
     lists = importlib.import_module("flash_attn.cute.block_sparsity")
     table = range_table(spans, BLOCK).to(q.device)
-    found = block_lists(table, spans.kv_end, BLOCK)
     forward, backward = (
         lists.BlockSparseTensorsTorch(
             mask_block_cnt=partly[0],
@@ -139,14 +140,10 @@ def _fa4_blocks(q, k, v, spans: Spans, deterministic: bool) -> Peer:
             full_block_idx=wholly[1],
             block_size=(BLOCK, BLOCK),
         )
-        for partly, wholly in (found, block_lists(table, spans.kv_end, BLOCK, by_keys=True))
+        for partly, wholly in (block_lists(table, spans.kv_end, BLOCK, by_keys) for by_keys in (False, True))
     )
-    if deterministic:
-        order = lists.compute_dq_write_order(*_tensors(forward), *_tensors(backward))
-        backward = backward._replace(dq_write_order=order[0], dq_write_order_full=order[1], spt=False)
     options = {
         "causal": False,
-        "deterministic": deterministic,
         "mask_mod": cute_mask(table.shape[1] // 2),
         "aux_tensors": [table],
         "block_sparse_tensors": forward,
@@ -154,10 +151,6 @@ def _fa4_blocks(q, k, v, spans: Spans, deterministic: bool) -> Peer:
     }
     leaves = _leaves(q, k, v)
     return Peer(leaves, lambda: _first(function(*(x[None] for x in leaves), **options))[0])
-
-
-def _tensors(lists) -> tuple[torch.Tensor, ...]:
-    return lists.mask_block_cnt, lists.mask_block_idx, lists.full_block_cnt, lists.full_block_idx
 
 
 def _magi(q, k, v, spans: Spans, deterministic: bool) -> Peer:

@@ -30,8 +30,6 @@ FA4_VARLEN = """q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seql
     deterministic=False, score_mod=None, score_mod_bwd=None, mask_mod=None, block_sparse_tensors=None,
     aux_tensors=None, aux_scalars=None, return_lse=False, scheduler_metadata=None, seqlen_k_per_split=None,
     disable_scheduler_metadata=False, gather_bwd_recompute_p=False, gather_bwd_token_chunk=None"""
-FA4_WRITE_ORDER = """fwd_mask_cnt, fwd_mask_idx, fwd_full_cnt, fwd_full_idx, bwd_mask_cnt, bwd_mask_idx, bwd_full_cnt,
-    bwd_full_idx, spt=False"""
 MAGI_OLD = """q, k, v, q_ranges, k_ranges, max_seqlen_q, max_seqlen_k, attn_type_map=None, softmax_scale=None,
     softcap=0.0, deterministic=False, sm_margin=0, disable_fwd_atomic_reduction=False, auto_range_merge=False,
     ref_block_size=None"""
@@ -124,8 +122,7 @@ def fa4_dense(a):
         mask = visible(a.block_sparse_tensors, *size, a.mask_mod, a.aux_tensors)
         back = visible(a.block_sparse_tensors_bwd, *size, a.mask_mod, a.aux_tensors, by_keys=True)
         assert torch.equal(mask, back), "the backward has another mask"
-        ordered = a.block_sparse_tensors_bwd.dq_write_order is not None
-        assert ordered == a.deterministic == (a.block_sparse_tensors_bwd.spt is not None)
+        assert not a.deterministic, "Deterministic not implemented for block-sparse backward"
     return attention(a.q[0], a.k[0], a.v[0], mask)[None], "lse"
 
 
@@ -149,12 +146,6 @@ class BlockSparseTensorsTorch(NamedTuple):
     dq_write_order: torch.Tensor | None = None
     dq_write_order_full: torch.Tensor | None = None
     spt: bool | None = None
-
-
-@takes(FA4_WRITE_ORDER)
-def compute_dq_write_order(a):
-    assert a.spt is False and all(x.dtype == torch.int32 for x in (a.fwd_mask_idx, a.bwd_mask_idx, a.bwd_full_idx))
-    return torch.zeros_like(a.bwd_mask_idx), torch.zeros_like(a.bwd_full_idx)
 
 
 def visible(lists, q_len, kv_len, mask_mod, aux_tensors, by_keys=False):
@@ -248,12 +239,11 @@ def packages():
     """What ``sys.modules`` holds where all of them are installed."""
     cutlass = {"Int32": int, "range_constexpr": range}
     flash = {"flash_attn_func": fa4_dense, "flash_attn_varlen_func": fa4_varlen}
-    lists = {"BlockSparseTensorsTorch": BlockSparseTensorsTorch, "compute_dq_write_order": compute_dq_write_order}
     found = [
         module("flash_attn_interface", flash_attn_func=fa3_dense, flash_attn_varlen_func=fa3_varlen),
         module("flash_attn"),
         module("flash_attn.cute", **flash),
-        module("flash_attn.cute.block_sparsity", **lists),
+        module("flash_attn.cute.block_sparsity", BlockSparseTensorsTorch=BlockSparseTensorsTorch),
         module("flash_attn.cute.utils", scalar_to_ssa=lambda value, dtype: value),
         module("cutlass", **cutlass),
         module("cutlass.cute", jit=lambda function: function),

@@ -53,6 +53,10 @@ def test_every_peer_is_held_against_its_package(peers):
 @pytest.mark.parametrize("name", NAMES)
 def test_peers_do_the_same_job(peers, name, mask, deterministic):
     """Gathered keys, or the mask itself; gradients back at their tokens; a row's name says what is not counted."""
+    if name == "fa4-blocks" and deterministic:
+        with pytest.raises(NotImplementedError, match="deterministic"):
+            peers.PEERS[name](*tensors(MASKS[mask])[:3], MASKS[mask], True)
+        return
     peer = assert_same_job(peers, name, MASKS[mask], deterministic)
     gathered = mask != "full" and name in ("fa3", "fa4", "flashinfer")
     assert peer.label(name) == (f"{name}, keys gathered before" if gathered else name)
