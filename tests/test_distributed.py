@@ -21,11 +21,11 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 ALONE = {"accumulation": 1, "rollout_every": 1}
 
 WORKER = """
-import sys
+import os, signal, sys
 import torch
 import tiny_train as t
 from raven.grpo import group_advantages
-from raven.train import distributed as d, read_metrics, run
+from raven.train import Interrupted, distributed as d, read_metrics, run
 
 with d.process_group("cpu") as device:
     rank = d.rank()
@@ -60,7 +60,35 @@ with d.process_group("cpu") as device:
         resumed = t.make(kind, seed=5, **settings)
         run(resumed, 4, folder, progress=False)
         t.assert_same(resumed, trainer)
-    print("ok", rank)
+        if name == "raven alone":
+            whole = trainer
+
+    def stopped():  # one rank is interrupted in its second step: both end after it
+        if rank == 1 and trainer.steps_done == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step()
+
+    trainer = t.make("raven", **alone)
+    step, trainer.step = trainer.step, stopped
+    folder = sys.argv[1] + "/stopped"
+    try:
+        run(trainer, 4, folder, progress=False)
+    except Interrupted:
+        assert trainer.steps_done == 2
+    else:
+        raise AssertionError("not interrupted")
+    trainer = t.make("raven", seed=5, **alone)
+    run(trainer, 4, folder, progress=False)
+    t.assert_same(trainer, whole)
+
+    # Files that only one rank sees.
+    trainer = t.make("raven", **alone)
+    try:
+        run(trainer, 6, sys.argv[1] + ("/stopped" if rank else "/elsewhere"), progress=False)
+    except ValueError as error:
+        assert "expected the same on every rank" in str(error)
+    else:
+        raise AssertionError("ranks at different steps")
 """
 
 
