@@ -127,5 +127,6 @@ def check_strided(device, dtype, same, layout):
     head_major = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in fused]
     last_strided = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in fused]
     want = chunk_attention(*(x.contiguous() for x in fused), layout)
+    assert want.any()
     for inputs in (fused, head_major, last_strided):
         same(chunk_attention(*inputs, layout), want)

@@ -94,6 +94,7 @@ def only_wanted_gradients():
 def levels_and_strides(device):
     v, x_t, x_s, t, s = draw((2, 3, 4, 6, 5), device=device)
     plain = gaussian_log_prob(v, x_t, x_s, t, s)
+    assert plain.all()
     spread = [x[:, None].expand(2, 2) for x in (t, s)]
     chunks = gaussian_log_prob(v, x_t, x_s, *spread, chunk_frames=(1, 3))
     torch.testing.assert_close(chunks.sum(1), plain)
@@ -108,6 +109,7 @@ def levels_and_strides(device):
     grads = torch.autograd.grad(got.mean(), strange)
     for g, w in zip(grads, torch.autograd.grad(plain.mean(), (v, x_t)), strict=True):
         assert_bitwise(g, w, "gradient of non-contiguous inputs")
+        assert g.any()
 
 
 def empty_inputs(device):

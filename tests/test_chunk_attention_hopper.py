@@ -239,6 +239,7 @@ def test_gpu_repeats_bit_for_bit(hopper_kernel):
         results = (*chunk_attention(q, k, v, WIDE, return_lse=True), *chunk_attention(*packed, layout, return_lse=True))
         first = first or results
         assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True))
+    assert all(x.any() for x in first)
 
 
 @pytest.mark.gpu
@@ -247,6 +248,7 @@ def test_gpu_strides_and_copies(hopper_kernel):
     layout = ChunkLayout.repacked((2, 1), 150)
     fused = torch.randn(2, layout.length, 3, 2, 64, device="cuda").half()
     want = chunk_attention(*(x.contiguous() for x in fused.unbind(2)), layout)
+    assert want.any()
     assert_bitwise(chunk_attention(*fused.unbind(2), layout), want)
     shifted = torch.empty(fused.numel() + 1, device="cuda", dtype=torch.half)[1:].view(fused.shape).copy_(fused)
     assert_bitwise(chunk_attention(*shifted.unbind(2), layout), want)
@@ -268,3 +270,4 @@ def test_gpu_graph_capture(hopper_kernel):
         x.normal_()
     graph.replay()
     assert_bitwise(out, chunk_attention(q, k, v, WIDE))
+    assert out.any()

@@ -89,6 +89,7 @@ def check_batch_bits(device, dtype, layout):
     with deterministic():
         grads = torch.autograd.grad(out, inputs, grad)
         grads1 = torch.autograd.grad(out1, alone, grad[1:2])
+    assert all(x.any() for x in (out, *grads))
     for a, b in zip((out1, lse1, *grads1), (out, lse, *grads), strict=True):
         assert_bitwise(a, b[1:2])
 
@@ -154,6 +155,7 @@ def test_gpu_repeats_bit_for_bit():
             results = (out, lse, *torch.autograd.grad(out, inputs, grad))
         first = first or results
         assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True))
+    assert all(x.any() for x in first)
     dq, dk, dv = torch.autograd.grad(chunk_attention(*inputs, layout), inputs, grad)
     assert torch.equal(dk, first[3]) and torch.equal(dv, first[4]), "in any order but dq's"
     assert relative_rms(dq, first[2].double()) <= tolerance(torch.bfloat16, "backward").rms
@@ -172,6 +174,7 @@ def test_gpu_graph_capture():
         x.normal_()
     graph.replay()
     assert_bitwise(out, chunk_attention(q, k, v, layout))
+    assert out.any()
 
 
 @pytest.mark.gpu
@@ -214,6 +217,7 @@ def test_gpu_rows_far_apart(dtype):
             results.append((out, *torch.autograd.grad(out, inputs, grad)))
     for got, want in zip(*results, strict=True):
         assert_bitwise(got, want)
+        assert got.any() and got.isfinite().all()
 
 
 @pytest.mark.gpu

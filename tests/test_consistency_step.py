@@ -78,6 +78,7 @@ def test_gpu(case, dtype):
 def forms_of_a_level(device):
     v, x_t, noise, t, s = draw((2, 3, 5, 2, 4), (2,), (2, 5), device=device)
     want = consistency_step(v, x_t, t, s, noise)
+    assert want.any()
     ready = (expand_level(t, x_t), expand_level(s, x_t))
     assert_bitwise(consistency_step(v, x_t, *ready, noise), want, "broadcast levels")
     per_frame = t[:, None].expand(2, 5)
@@ -92,6 +93,7 @@ def forms_of_a_level(device):
     grads = [torch.autograd.grad(x, y, grad) for x, y in ((got, strange), (want, (v, x_t, noise)))]
     for g, w in zip(*grads, strict=True):
         assert_bitwise(g, w, "gradient of non-contiguous inputs")
+        assert g.any()
 
 
 def test_forms_of_a_level():

@@ -217,6 +217,7 @@ def test_gpu_every_path_has_the_same_bits(dtype):
     """With a gradient to come or not, segments of one length or of several, the norm in the same pass or behind it."""
     case = Case(device="cuda", L=800, C=1536, dtype=dtype)
     x_new, y = case()
+    assert x_new.any() and y.any()
     for got, want in zip(case.requiring_gradients()(), (x_new, y), strict=True):
         assert_bitwise(got, want)
     rows = case.table.unbind(2)
@@ -255,6 +256,7 @@ def test_gpu_in_a_graph(lengths):
         return total, y, *_backward(total, y, total, stats, case.branch, gate, scale, lengths, *kinds, [True] * 5)
 
     expected = forward_and_backward(new)
+    assert all(x.any() for x in expected)
     forward_and_backward(case)  # compiles, and makes the lists of segments and blocks
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

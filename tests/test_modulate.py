@@ -281,6 +281,7 @@ def test_gpu_alone_as_in_batch():
 def test_gpu_in_a_graph():
     arguments, new = ([*make(device="cuda", L=400, C=1536, dtype=torch.bfloat16)] for _ in range(2))
     expected = modulate(*new)
+    assert expected.any()
     modulate(*arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

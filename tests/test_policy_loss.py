@@ -144,6 +144,7 @@ def levels_strides_and_kept_graphs(device):
     (grad,) = torch.autograd.grad(plain, v, retain_graph=True)
     (again,) = torch.autograd.grad(3 * plain, v, retain_graph=True)
     torch.testing.assert_close(again, 3 * grad)
+    assert plain != 0 and log_prob.all() and grad.any()
     (last,) = torch.autograd.grad(plain, v)
     assert_bitwise(last, grad, "the backward that frees the graph")
     tables = [x[:, None].expand(2, 2) for x in (t, s)]
@@ -175,6 +176,7 @@ def test_gpu_levels_strides_and_kept_graphs():
 def log_prob_does_not_depend_on_the_batch(device):
     inputs = draw((3, 2, 4, 40, 20), (1, 3), device)
     loss, whole = policy_loss(*inputs, (1, 3))
+    assert loss != 0 and whole.all()
     for again in policy_loss(*inputs, (1, 3))[:1]:
         assert_bitwise(again, loss, "a second run")
     for b in range(3):
@@ -215,6 +217,7 @@ def test_gpu_graph():
         graph.replay()
         for got, want in zip(held, both(), strict=True):
             assert_bitwise(got, want)
+            assert got.any()
 
 
 @pytest.mark.gpu
