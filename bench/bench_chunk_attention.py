@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch._functorch.config
 from harness import DEVICE, failures, first_line
-from peers import GATHERED, MASKED, PEERS, InTorch, Peer
+from peers import GATHERED, MASKED, PACKAGES, PEERS, InTorch, Peer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
@@ -224,6 +224,7 @@ class Case:
             try:
                 peer = self.peer(name, direction)
                 found[peer.label(name)] = self._job(peer, direction)
+                bench.recorder.uses(*[PACKAGES[name]] * (name in PACKAGES))
             except failures() as failure:
                 bench.recorder.leave_out(name, first_line(failure))
         return found

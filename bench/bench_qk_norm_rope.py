@@ -128,6 +128,7 @@ def measure(bench, name, direction, tokens, heads, dim=128, dtype=torch.bfloat16
     if peers and bench.peers:
         try:
             others[FLASHINFER] = by_flashinfer(first)
+            bench.recorder.uses("flashinfer-python")
         except failures() as failure:
             bench.recorder.leave_out("flashinfer", first_line(failure))
     bench.row(

@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,7 @@ class Recorder:
         self.device = device
         self.rows: list[dict[str, Any]] = []
         self.left_out: dict[str, str] = {}
+        self.versions: dict[str, str] = {}
         self._peers: dict[tuple[str, str, str], dict[str, tuple[float, float | None]]] = {}
 
     @cached_property
@@ -81,6 +84,12 @@ class Recorder:
     def leave_out(self, who: str, reason: str) -> None:
         """Note that ``who`` has no figure and why; the first reason stays."""
         self.left_out.setdefault(who, reason)
+
+    def uses(self, *packages: str) -> None:
+        """Note the versions of packages that a peer comes from; one that was not installed as a package has none."""
+        for package in packages:
+            with suppress(metadata.PackageNotFoundError):
+                self.versions[package] = metadata.version(package)
 
     def row(
         self,
@@ -169,8 +178,10 @@ class Recorder:
     def results(self) -> dict[str, Any]:
         """Everything about this run, ready for JSON."""
         ceilings = {k: getattr(self, k) for k in ("copy_tb_per_s", "matmul_tflop_per_s") if k in self.__dict__}
+        machine = describe_machine(self.device)
         return {
-            **describe_machine(self.device),
+            **machine,
+            "versions": machine["versions"] | self.versions,
             "ceilings": ceilings,
             "left_out": dict(self.left_out),
             "rows": self.rows,

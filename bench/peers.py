@@ -193,4 +193,12 @@ PEERS = {
     "magi": _magi,
     "flashinfer": _flashinfer,
 }
+# What pip calls them.
+PACKAGES = {
+    "fa3": "flash_attn_3",
+    "fa4": "flash-attn-4",
+    "fa4-blocks": "flash-attn-4",
+    "magi": "magi_attention",
+    "flashinfer": "flashinfer-python",
+}
 MASKED = ("fa4-blocks",)  # they pay for a mask, so there is no use for them where there is none

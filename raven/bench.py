@@ -147,7 +147,7 @@ def merge_results(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The rows of several runs on one machine under one heading; of each ceiling the first measurement."""
     merged: dict[str, Any] = {"gpu": None, "versions": {}, "ceilings": {}, "left_out": {}, "rows": []}
     for part in parts:
-        joined = {key: {**part.get(key, {}), **merged[key]} for key in ("ceilings", "left_out")}
+        joined = {key: {**part.get(key, {}), **merged[key]} for key in ("ceilings", "left_out", "versions")}
         joined["rows"] = merged["rows"] + part["rows"]
         merged = {**part, **{k: v for k, v in merged.items() if v}, **joined}
     return merged

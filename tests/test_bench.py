@@ -161,6 +161,14 @@ def test_results_read_back(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["run.json"]
 
 
+def test_versions_of_peers_are_kept(recorder):
+    recorder.uses("pytest", "no-such-package")
+    own = recorder.results()["versions"]
+    assert own["pytest"] == pytest.__version__ and "no-such-package" not in own and "torch" in own
+    merged = bench.merge_results([stored(), stored() | {"versions": {"torch": "2", "flash-attn-4": "4"}}])
+    assert merged["versions"] == {"raven": "0.1.0", "torch": "2.11.0", "flash-attn-4": "4"}
+
+
 def test_merged_runs_keep_every_row_and_ceiling():
     other = stored(op="gaussian_log_prob") | {"ceilings": {"copy_tb_per_s": 9.0, "matmul_tflop_per_s": 700.0}}
     merged = bench.merge_results([stored(), other])

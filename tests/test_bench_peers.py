@@ -45,7 +45,7 @@ def assert_same_job(peers, name, spans, deterministic=False):
 
 
 def test_every_peer_is_held_against_its_package(peers):
-    assert set(peers.PEERS) == set(NAMES) and set(peers.MASKED) <= set(NAMES)
+    assert set(peers.PEERS) == set(peers.PACKAGES) == set(NAMES) and set(peers.MASKED) <= set(NAMES)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
