@@ -260,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Run it under torchrun for several GPUs. Interrupt it at any time: the same command goes on.",
     )
     parser.add_argument("--teacher", required=True, help="bidirectional teacher (.safetensors, .pt or a folder)")
-    # torchrun up to Python 3.11 takes "--start" for one of its own options, wherever it stands (CPython issue 58573).
+    # Where CPython issue 58573 is open, as in 3.11 and 3.12.3, torchrun takes "--start" for one of its own options.
     parser.add_argument("--start", "--causal-start", required=True, help="causal start of the student")
     parser.add_argument("--critic", help="start of the critic (default: the teacher)")
     parser.add_argument("--teacher-config", help="config (.json) of the teacher, where it is another size")
