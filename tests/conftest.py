@@ -1,9 +1,11 @@
 """Shared fixtures, and the lanes: ``gpu`` tests need a GPU, ``interpret`` tests need TRITON_INTERPRET=1."""
 
 import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
+from choices import kernels_alone
 from record import pytest_addoption, pytest_terminal_summary  # noqa: F401  pytest finds hooks here
 
 import raven
@@ -36,6 +38,13 @@ def gpu_backend(request):
     raven.set_backend("triton" if name == "triton" else None)
     yield name
     raven.set_backend(None)
+
+
+@pytest.fixture(autouse=True)
+def meant_kernels(request):
+    """A GPU test is one of kernels, on whatever machine: none of its ops may fall back to plain PyTorch unseen."""
+    with kernels_alone() if "gpu" in request.keywords else nullcontext():
+        yield
 
 
 @pytest.fixture

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from choices import kernels_alone
 
+import raven
 from raven.layout import ChunkLayout
+from raven.ops import blend_rows
 from raven.reference.chunk_attention import dense_attention
 from raven.spans import Spans
 from raven.testing import (
@@ -115,6 +118,26 @@ def test_attention_oracle(spans, monkeypatch):
     for got, w in zip(grads, torch.autograd.grad(want, leaves, grad.double()), strict=True):
         torch.testing.assert_close(got, w)
     assert len(attention_oracle(q, k, v, spans)) == 2
+
+
+def test_a_silent_fallback_is_seen(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("RAVEN_BACKEND", raising=False)
+
+    def blend(dtype):
+        blend_rows(torch.ones(1, 4, 1, 16, dtype=dtype), None, 0, 2, 1, 0.5)
+
+    with pytest.raises(AssertionError, match="plain PyTorch on cpu, and nobody asked for it: blend_rows"):
+        with kernels_alone("cpu"):
+            blend(torch.float32)
+    raven.set_backend("reference")
+    with kernels_alone("cpu"):
+        blend(torch.float32)
+    raven.set_backend(None)
+    with kernels_alone("cpu"):
+        blend(torch.float64)
+    with kernels_alone():
+        blend(torch.float32)
 
 
 def test_timers_on_a_cpu():
