@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from raven import cli
 from raven.checkpoint import save_checkpoint
-from raven.integrations import part_of, wan_text, wan_vae
+from raven.integrations import part_of, wan_decoder, wan_text, wan_vae
 from raven.models import CausalWan, WanConfig
 from raven.stream import Stream
 
@@ -71,16 +71,32 @@ def test_chunk_by_chunk_is_the_whole_video(folder, vae, chunks):
     assert video.std() > 0.05
 
 
-def test_channels_last_is_the_same_decoder(folder):
+def test_the_decoder_of_a_gpu_is_the_same(folder):
     """As it runs on a GPU, in float64: in float32 the rounding of another order of sums grows beyond it."""
     latents = torch.randn(2, 4, 5, 4, 6, dtype=torch.float64)
     own = wan_vae.WanVAE.load(folder, dtype=torch.float64)
     plain = own.decode(latents)
-    wan_vae.with_channels_last(own.vae.decoder)
-    assert not any(type(module).__name__ == "WanRMS_norm" for module in own.vae.decoder.modules())
+    wan_decoder.rearrange(own.vae.decoder)
+    wan_decoder.rearrange(own.vae.decoder)
+    kinds = {type(module).__name__ for module in own.vae.decoder.modules()}
+    assert not kinds & {"WanRMS_norm", "WanCausalConv3d", "WanResidualBlock", "WanResample"}
     own.reset()
     again = torch.cat([own.decode(part) for part in latents.split((1, 2, 2), dim=2)], dim=2)
     torch.testing.assert_close(again, plain, rtol=0, atol=1e-5)
+
+
+def test_channels_are_widened_to_what_the_kernels_want():
+    """48 to 64 by zeros; the sums and what is kept between chunks stay those of diffusers."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
+
+    block = WanResidualBlock(48, 40).double().requires_grad_(False)
+    own = wan_decoder.ResidualBlock(block)
+    assert [conv.weight.shape[1] for conv in own.convs] == [64, 40]
+    pasts = [None, None], [None, None]
+    for frames in (1, 2, 4):
+        x = torch.randn(1, 48, frames, 4, 5, dtype=torch.float64)
+        want, got = (part(x, past, [0]) for part, past in zip((block, own), pasts, strict=True))
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
 def test_reset_begins_another_video(vae):
@@ -121,6 +137,7 @@ class Live(TorchDispatchMode):
 def test_memory_at_wans_own_size(dtype, batch):
     with torch.device("meta"):
         own = wan_vae.WanVAE(diffusers.AutoencoderKLWan().to(dtype))
+        wan_decoder.rearrange(own.vae.decoder)  # as it is on a GPU
     own.vae.encoder = own.vae.quant_conv = None
     parts = own.to("meta").memory(batch, (60, 104))
     with Live() as live:
@@ -231,6 +248,11 @@ def test_generate_writes_the_decoded_video(folder, checkpoint, text, tmp_path):
         right = ((video.permute(1, 2, 3, 0) + 1) * 127.5).numpy()
         assert shown.shape == right.shape == (21, 32, 48, 3)
         assert np.abs(shown - right).mean() < 6  # H.264, and chroma at half resolution
+
+
+def test_one_prompt_is_no_plural(folder, checkpoint, tmp_path, capsys):
+    assert cli.main(command(folder, checkpoint, tmp_path / "a.safetensors", "--prompt", "a cat", "--frames", 3)) == 0
+    assert "encoding 1 prompt\n" in capsys.readouterr().err
 
 
 def test_bad_input_of_generate(folder, checkpoint, tmp_path, capsys):

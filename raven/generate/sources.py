@@ -155,7 +155,7 @@ class Wan(Source):
             where = torch.device("cpu")
             need = f"needs {self._text.nbytes / GIB:.1f} GiB, {free / GIB:.1f} are free on {device}"
             print(f"the text encoder runs on the CPU ({need})", file=sys.stderr)
-        print(f"encoding {len(prompts)} prompts", file=sys.stderr)
+        print(f"encoding {len(prompts)} {'prompt' if len(prompts) == 1 else 'prompts'}", file=sys.stderr)
         rows = [row.to(device) for row in self._text.encode(prompts, config.text_len, where)]
         self._text.release()  # it is as large as all the rest
         if where.type == "cuda":

@@ -10,42 +10,10 @@ from os import PathLike
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from raven.errors import check_shape
 from raven.integrations import need, part_of
-
-
-class ChannelNorm(nn.Module):
-    """diffusers' ``WanRMS_norm`` over channels, ``x / |x| * sqrt(C) * gamma + bias``, as one kernel.
-
-    Its own is a row of passes over the video's widest tensors, half of them in float32. ``[B, C, ...]`` -> the same,
-    with the channels last in memory.
-    """
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(norm.gamma.detach().flatten(), requires_grad=False)
-        self.bias = norm.bias if isinstance(norm.bias, nn.Parameter) else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.movedim(1, -1)
-        # diffusers' floor for |x| is 1e-12: only a row of zeros feels either of them.
-        y = F.rms_norm(rows, rows.shape[-1:], self.gamma, eps=1e-24).movedim(-1, 1)
-        return y if self.bias is None else y + self.bias
-
-
-def with_channels_last(decoder: nn.Module) -> None:
-    """Lay a decoder out for tensor cores, in place: channels last in memory, where norms are rows as well."""
-    for module in list(decoder.modules()):
-        if isinstance(module, nn.Conv3d):
-            module.to(memory_format=torch.channels_last_3d)
-        elif isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)
-        for name, child in module.named_children():
-            if type(child).__name__ == "WanRMS_norm" and child.channel_first:
-                setattr(module, name, ChannelNorm(child))
+from raven.integrations.wan_decoder import rearrange
 
 
 class WanVAE:
@@ -57,8 +25,9 @@ class WanVAE:
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae.eval().requires_grad_(False)
+        self._convolutions = sum(type(m).__name__ == "WanCausalConv3d" for m in vae.decoder.modules())
         if vae.device.type == "cuda":
-            with_channels_last(vae.decoder)
+            rearrange(vae.decoder)
         self.channels: int = vae.config.z_dim
         # Pixels of a latent pixel's side, and video frames of a latent frame (the first one gives one frame).
         self.spatial: int = vae.config.scale_factor_spatial
@@ -67,7 +36,6 @@ class WanVAE:
         where = {"device": vae.device, "dtype": torch.float32}
         self._mean = torch.tensor(vae.config.latents_mean, **where).reshape(shape)
         self._std = torch.tensor(vae.config.latents_std, **where).reshape(shape)
-        self._convolutions = sum(type(m).__name__ == "WanCausalConv3d" for m in vae.decoder.modules())
         self.reset()
 
     @classmethod
@@ -88,7 +56,7 @@ class WanVAE:
         """Move weights to a device; videos begin anew."""
         self.vae.to(device)
         if self.vae.device.type == "cuda":
-            with_channels_last(self.vae.decoder)
+            rearrange(self.vae.decoder)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
         self.reset()
         return self
@@ -102,17 +70,18 @@ class WanVAE:
         return 1 + self.temporal * (latent_frames - 1)
 
     def memory(self, batch: int, latent_size: tuple[int, int]) -> dict[str, int]:
-        """Bytes that decoding ``batch`` videos of latents (H, W) takes at its peak, by what they are for."""
+        """Bytes that decoding ``batch`` videos of latents (H, W) takes on a GPU at its peak, by what they are for."""
         size = self.vae.dtype.itemsize
         pixels = latent_size[0] * latent_size[1] * self.spatial**2
         # A frame of the last layers' input, which are the widest by far.
         frame = pixels * (self.vae.config.decoder_base_dim or self.vae.config.base_dim) * size
         weights = sum(p.numel() for p in self.vae.parameters()) * size
-        # Two frames of the input of every convolution that looks back: 7 at the full resolution, 6 twice as wide on a
-        # quarter of the pixels, and so on.
-        features = int(batch * 2 * frame * 12.3)
-        # In the last norm, for the frames of one latent frame: the residual, the input, both in float32, the result.
-        activations = 7 * self.temporal * frame
+        # Two frames of the input of every convolution that looks back: 7 at the full resolution, 6 of them widened by a
+        # third, 6 twice as wide on a quarter of the pixels, and so on.
+        features = int(batch * 2 * frame * 14.3)
+        # In the last block, for the frames of one latent frame: its input, the widened input of its second convolution
+        # with the two frames before, the results of the first and of the second, and what is left of the one before.
+        activations = int(7.7 * self.temporal * frame)
         return {"VAE": weights, "VAE features": features, "VAE decoding": activations}
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from raven.ops.gated_residual import gated_residual
 from raven.ops.gaussian_log_prob import gaussian_log_prob
 from raven.ops.kv_append import kv_append
 from raven.ops.modulate import modulate
+from raven.ops.norm_silu import norm_silu
 from raven.ops.policy_loss import policy_loss
 from raven.ops.qk_norm_rope import qk_norm_rope
 from raven.ops.quantize_rows import quantize_rows
@@ -20,6 +21,7 @@ __all__ = [
     "gaussian_log_prob",
     "kv_append",
     "modulate",
+    "norm_silu",
     "policy_loss",
     "qk_norm_rope",
     "quantize_rows",
