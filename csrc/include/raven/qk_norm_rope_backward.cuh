@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(32 * kMostGradWarps, 1) norm_rope_backward(con
     extern __shared__ float4 shared[];
     __shared__ float2 cells[2][kMostWarps];
     __shared__ uint64_t frequencies[kMostPairs];
+    static_assert(sizeof(cells) + sizeof(frequencies) <= kStaticBytes);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int first = 32 * (warp % S::kTeam) + lane;
     const int teams = blockDim.x / (32 * S::kTeam), team = warp / S::kTeam;
