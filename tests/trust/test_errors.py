@@ -83,4 +83,4 @@ def test_a_named_backend_is_never_replaced():
                 chunk_attention(q, q, q, Spans.full(4, 4))
         finally:
             raven.set_backend(None)
-    assert chunk_attention(q, q, q, Spans.full(4, 4)).shape == q.shape
+    assert raven.explain("chunk_attention", q, q, q).chosen == "reference"
