@@ -224,7 +224,8 @@ class Case:
             try:
                 peer = self.peer(name, direction)
                 found[peer.label(name)] = self._job(peer, direction)
-                bench.recorder.uses(*[PACKAGES[name]] * (name in PACKAGES))
+                if name in PACKAGES:
+                    bench.recorder.uses(PACKAGES[name])
             except failures() as failure:
                 bench.recorder.leave_out(name, first_line(failure))
         return found

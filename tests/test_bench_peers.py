@@ -1,6 +1,7 @@
 """The peers of the attention bench do the same job: held against packages with the same parameters."""
 
 import sys
+from types import SimpleNamespace
 
 import peer_packages
 import pytest
@@ -75,6 +76,20 @@ def test_lists_of_blocks_hold_whole_ones(peers):
     spans = MASKS["wide"]
     partly, wholly = blocks.block_lists(blocks.range_table(spans, 128), spans.kv_end, 128)
     assert partly[0].sum() > 0 and wholly[0].sum() > 0
+
+
+def test_peers_of_an_attention_row(peers, monkeypatch):
+    """Torch's own attention is a peer without a package; the versions of the packages of others are noted."""
+    for name in ("harness", "peers"):
+        monkeypatch.setitem(sys.modules, name, module_of(name))
+    bench = module_of("bench_chunk_attention")
+    job = bench.Job(lambda: Spans.full(5, 9), cudnn=True, others=True)
+    case = bench.Case(job, 2, 8, torch.float64)
+    monkeypatch.setattr(bench, "DEVICE", "cuda")
+    recorder = SimpleNamespace(noted=[], uses=lambda package: recorder.noted.append(package), leave_out=pytest.fail)
+    found = case.peers(SimpleNamespace(peers=True, recorder=recorder), "forward")
+    assert set(found) == {"cudnn", "fa3", "fa4", "magi", "flashinfer"}
+    assert recorder.noted == [peers.PACKAGES[name] for name in found if name != "cudnn"]
 
 
 def test_norm_and_rotary_of_flashinfer(peers, monkeypatch):
