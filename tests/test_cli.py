@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from raven import cli, generate
 from raven.checkpoint import save_checkpoint
 from raven.models import CausalWan, WanConfig
+from raven.train.prompts import PromptFile
 from raven.worlds import Shapes
 
 WORLD = {"size": 16, "max_shapes": 1}
@@ -190,6 +191,14 @@ def test_generate_from_embeddings_writes_latents(bare_checkpoint, world, tmp_pat
     argv += ["--latent-size", "16x24", "--frames", "3", "--chunk-frames", "1", "--window", "1", "--sink", "1"]
     assert cli.main([str(a) for a in [*argv, "-o", tmp_path / "latents.safetensors"]]) == 0
     assert load_file(tmp_path / "latents.safetensors")["latents"].shape == (2, 3, 3, 16, 24)
+
+
+def test_generate_reads_the_prompts_of_a_training_file(tmp_path):
+    """In their order, and without what guidance contrasts with."""
+    rows = [torch.full((1 + i % 3, 8), float(i)) for i in range(11)]
+    PromptFile.save(tmp_path / "p.safetensors", [f"prompt {i}" for i in range(11)], rows, negative=torch.ones(2, 8))
+    read = generate.read_context(tmp_path / "p.safetensors")
+    assert len(read) == 11 and all(torch.equal(a, b) for a, b in zip(read, rows, strict=True))
 
 
 def test_generate_reads_contexts_of_several_shapes(tmp_path):

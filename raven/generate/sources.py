@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +23,12 @@ from raven.worlds.pictures import to_bytes
 def read_context(path: str | Path) -> list[torch.Tensor]:
     """Text embeddings from a safetensors file: tensors ``[n, text_dim]``, or one ``[B, n, text_dim]``.
 
-    Raises ``ValueError`` for other shapes or dtypes, and for a NaN or an infinity, with the name of the tensor.
+    In the order of their names, in which numbers count as such: a file of ``raven.train.PromptFile`` gives its prompts,
+    one video each. Its ``"negative"`` is none of them. Raises ``ValueError`` for other shapes or dtypes, and for a NaN or an infinity, with the name of the tensor.
     """
     tensors = load_checkpoint(path)
     context: list[torch.Tensor] = []
-    for name in sorted(tensors):
+    for name in sorted(tensors.keys() - {"negative"}, key=_natural):
         tensor = tensors[name]
         if not isinstance(tensor, torch.Tensor) or tensor.ndim not in (2, 3):
             got = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
@@ -41,6 +43,11 @@ def read_context(path: str | Path) -> list[torch.Tensor]:
     if not context:
         raise ValueError(f"context: {path} holds no tensors, expected text embeddings [n, text_dim]")
     return context
+
+
+def _natural(name: str) -> list[tuple[str, int]]:
+    """A key that sorts "2" before "10"."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
 
 
 class Source:
