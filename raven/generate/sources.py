@@ -24,7 +24,8 @@ def read_context(path: str | Path) -> list[torch.Tensor]:
     """Text embeddings from a safetensors file: tensors ``[n, text_dim]``, or one ``[B, n, text_dim]``.
 
     In the order of their names, in which numbers count as such: a file of ``raven.train.PromptFile`` gives its prompts,
-    one video each. Its ``"negative"`` is none of them. Raises ``ValueError`` for other shapes or dtypes, and for a NaN or an infinity, with the name of the tensor.
+    one video each, and its ``"negative"`` is none of them. Raises ``ValueError`` for other shapes or dtypes, and for a
+    NaN or an infinity, with the name of the tensor.
     """
     tensors = load_checkpoint(path)
     context: list[torch.Tensor] = []
