@@ -192,6 +192,8 @@ def load_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
         if path.suffix == ".json":
             index = json.loads(path.read_text(encoding="utf-8"))
             shards = sorted({path.parent / Path(shard).name for shard in index["weight_map"].values()})
+            if any(shard.suffix == ".json" for shard in shards):
+                raise ValueError("an index names an index")
         elif path.suffix == ".safetensors":
             return load_file(path)
         else:

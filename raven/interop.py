@@ -6,11 +6,11 @@
     with cupy.cuda.Stream():
         out = interop.chunk_attention(q, k, v, layout)   # CuPy arrays in, a CuPy array out, on that stream
 
-The functions here are those of `raven.ops` with the same arguments, but for `policy_loss`, which is there for its
-gradient; arrays among them become tensors over the same memory, and results become arrays of the library that the first
-array is from (tensors where that library has no ``from_dlpack``). CuPy arrays are read and written on CuPy's current
-stream of their device (``ValueError`` for the per-thread default stream); other libraries are made to wait, or to be
-waited for, as DLPack prescribes. Arrays have no gradient: `as_tensor` leads to autograd.
+The functions here have the names and the arguments of their ops: attention, norm and rotary, append, log-density, step.
+Arrays become tensors over the same memory, and results become arrays of the library that the first array is from
+(tensors where that library has no ``from_dlpack``). CuPy arrays are read and written on CuPy's current stream of their
+device (``ValueError`` for the per-thread default stream); other libraries are made to wait, or to be waited for, as
+DLPack prescribes. Arrays have no gradient: `as_tensor` leads to autograd.
 
 DLPack has bfloat16, and so has CuPy from version 14 on; NumPy and older versions of CuPy do not. With
 ``bfloat16_bits=True`` arrays of uint16 are taken as the bits of bfloat16 numbers, and bfloat16 results come back so.

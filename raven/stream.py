@@ -27,9 +27,10 @@ class Stream:
 
     merge: the pass that encodes a finished chunk and the first one of the next chunk run as one forward, where the
     cache allows it; the values are those of two. graphs: replay each chunk as CUDA graphs (see ``warm_up``); ``None``
-    means on a CUDA device. ``mode`` says what holds. cache_dtype, keys, ema: of ``KVCache``; the dtype is the model's
-    unless it is given. recache: how many of the newest chunks ``switch`` encodes again under a new prompt, and with
-    ``recache_sink`` the sink too; the stream keeps their latents. ``raven.presets`` has published settings by name.
+    means on a CUDA device, unless the model is sharded. ``mode`` says what holds. cache_dtype, keys, ema: of
+    ``KVCache``; the dtype is the model's unless it is given. recache: how many of the newest chunks ``switch`` encodes
+    again under a new prompt, and with ``recache_sink`` the sink too; the stream keeps their latents. ``raven.presets``
+    has published settings by name.
     """
 
     @torch.no_grad()
@@ -77,7 +78,9 @@ class Stream:
         if graphs and not on_gpu:
             raise ValueError(f"graphs: got True for a model on {model.device}, expected one on a CUDA device")
         self.model = model
-        self._graphs = CapturedChunks(model.device) if graphs or (graphs is None and on_gpu) else None
+        if graphs is None:
+            graphs = on_gpu and not hasattr(model, "unshard")  # FSDP gathers weights beside the stream of a capture
+        self._graphs = CapturedChunks(model.device) if graphs else None
         self.guidance = guidance if negative_context is not None else None
         self.text = self._encode_text(context, negative_context)
         if self.text is context and self._graphs is not None:  # its place is fixed from here on, its content is not

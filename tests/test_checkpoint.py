@@ -233,6 +233,7 @@ def test_unreadable_files(tmp_path, capsys):
         "bad.safetensors.index.json": b"{",
         "other.safetensors.index.json": b"{}",
         "list.safetensors.index.json": b"[]",
+        "self.safetensors.index.json": b'{"weight_map": {"a": "self.safetensors.index.json"}}',
     }
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)

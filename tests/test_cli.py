@@ -201,6 +201,11 @@ def test_generate_reads_the_prompts_of_a_training_file(tmp_path):
     assert len(read) == 11 and all(torch.equal(a, b) for a, b in zip(read, rows, strict=True))
 
 
+def test_generate_reads_contexts_without_names(tmp_path):
+    torch.save({2: torch.ones(1, 8), 10: torch.zeros(1, 8)}, tmp_path / "c.pt")
+    assert [int(row[0, 0]) for row in generate.read_context(tmp_path / "c.pt")] == [1, 0]
+
+
 def test_generate_reads_contexts_of_several_shapes(tmp_path):
     save_file({"a": torch.zeros(5, 8), "b": torch.zeros(2, 3, 8)}, tmp_path / "c.safetensors")
     assert [tuple(t.shape) for t in generate.read_context(tmp_path / "c.safetensors")] == [(5, 8), (3, 8), (3, 8)]

@@ -148,6 +148,13 @@ def test_which_layers_take_rows():
         hook = module.register_forward_pre_hook(lambda *_: None)
         assert not takes_rows(attention, "qkv")
         hook.remove()
+        module.forward = module.forward  # as who patches it does
+        assert not takes_rows(attention, "qkv")
+        del module.forward
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert not takes_rows(attention, "qkv")
+    hook.remove()
+    assert takes_rows(attention, "qkv")
     attention.qkv = torch.nn.Sequential(attention.qkv)  # wrapped
     assert not takes_rows(attention, "qkv")
 
@@ -164,6 +171,12 @@ def test_hooks_and_wrapped_layers_see_tensors():
         block.ffn.register_forward_hook(lambda _, args, out: seen.append(type(args[0])))
     assert torch.equal(other(x, t, context), want)
     assert seen == [torch.Tensor] * (2 * CONFIG.num_layers)
+
+
+def test_a_gradient_is_refused_by_the_layer_that_has_none():
+    x, _, t, context = tiny_inputs(3)
+    with pytest.raises(ValueError, match="blocks.0.self_attn.qkv|x: got"):
+        quantize_linears(tiny_model())(x.requires_grad_(), t, context)
 
 
 def test_a_layer_takes_rows_in_place_of_the_tensor():

@@ -106,8 +106,8 @@ def test_modules_that_cannot_be_trained_stay_as_they_were():
 
 def test_log_that_is_no_log_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    for line in ("not json", "[1]", '{"loss": 1.0}'):
-        path.write_text(f'{{"step": 1}}\n{line}\n')
+    for line in (b"not json", b"[1]", b'{"loss": 1.0}', b"\xff\xfe"):
+        path.write_bytes(b'{"step": 1}\n' + line + b"\n")
         with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: got .*, expected metrics as JSON with a step"):
             read_metrics(path)
 
@@ -124,6 +124,15 @@ def test_embeddings_of_a_prompt_file_are_checked(tmp_path):
         ({"negative": torch.ones(1, 5)}, rows, "embedding of 'negative': got text_dim 5, expected 4"),
         ({}, [torch.ones(4), torch.ones(1, 4)], r"embedding of 'a': got shape \(4,\)"),
     ]
+    for embeddings, error in (
+        ([torch.ones(1, 4).long()] * 2, ValueError),
+        ([torch.ones(())] * 2, ValueError),
+        ([[1.0]] * 2, TypeError),
+    ):
+        with pytest.raises(error, match="embedding of 'a': got .*, expected"):
+            PromptFile.save(path, ["a", "b"], embeddings)
+    with pytest.raises(ValueError, match=r"prompts: got \[1, 2\], expected texts"):
+        PromptFile.save(path, [1, 2], rows)
     for options, embeddings, message in wrong:
         with pytest.raises(ValueError, match=message):
             PromptFile.save(path, ["a", "b"], embeddings, **options)
@@ -200,15 +209,30 @@ def test_a_capture_that_failed_is_not_replayed():
     assert float(step(x=torch.tensor(7.0, device="cuda"))["y"]) == 8
 
 
-def test_a_damaged_checkpoint_is_refused_whatever_its_bytes_say(tmp_path):
+def test_tensors_and_other_state_are_compared():
+    """A module may keep what is no tensor beside its own."""
+    tensors = {"a": torch.zeros(2), "extra": {"steps": 3}}
+    checkpointing.check_same_tensors("model", {**tensors, "extra": {}}, tensors)
+    for saved, message in (
+        ({**tensors, "a": 7}, r"model: got a int, expected \(2,\)"),
+        ({**tensors, 1: 2, "b": 3}, "model: got more 1, expected the 2 tensors"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checkpointing.check_same_tensors("model", saved, tensors)
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_a_damaged_checkpoint_is_refused_whatever_its_bytes_say(as_zip, tmp_path):
     """Bytes of the pickled part changed at random; some changes leave a readable file, none another error."""
     trainer = make("grpo")
     trainer.step()
     path = tmp_path / "checkpoint.pt"
     checkpointing.save_atomic(trainer.state_dict(), path)
+    if not as_zip:
+        torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
     whole, draw = path.read_bytes(), random.Random(0)
-    begin = whole.find(b"data.pkl")
-    end = whole.find(b"byteorder", begin)
+    begin = max(0, whole.find(b"data.pkl"))
+    end = whole.find(b"byteorder", begin) if as_zip else len(whole) // 8
     refused = 0
     for _ in range(200):
         damaged = bytearray(whole)

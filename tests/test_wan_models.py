@@ -77,12 +77,23 @@ def test_the_decoder_of_a_gpu_is_the_same(folder):
     own = wan_vae.WanVAE.load(folder, dtype=torch.float64)
     plain = own.decode(latents)
     wan_decoder.rearrange(own.vae.decoder)
+    own = wan_vae.WanVAE(own.vae)  # again, as for another purpose
     wan_decoder.rearrange(own.vae.decoder)
     kinds = {type(module).__name__ for module in own.vae.decoder.modules()}
     assert not kinds & {"WanRMS_norm", "WanCausalConv3d", "WanResidualBlock", "WanResample"}
     own.reset()
     again = torch.cat([own.decode(part) for part in latents.split((1, 2, 2), dim=2)], dim=2)
     torch.testing.assert_close(again, plain, rtol=0, atol=1e-5)
+
+
+def test_autocast_changes_nothing(folder):
+    latents = torch.randn(1, 4, 2, 4, 6)
+    own = wan_vae.WanVAE.load(folder)
+    wan_decoder.rearrange(own.vae.decoder)
+    plain = own.decode(latents)
+    own.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(own.decode(latents), plain)
 
 
 def test_channels_are_widened_to_what_the_kernels_want():

@@ -46,9 +46,9 @@ def read_context(path: str | Path) -> list[torch.Tensor]:
     return context
 
 
-def _natural(name: str) -> list[tuple[str, int]]:
+def _natural(name: object) -> list[tuple[str, int]]:
     """A key that sorts "2" before "10"."""
-    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", str(name))]
 
 
 class Source:

@@ -156,10 +156,15 @@ class Upsampling(nn.Module):
         return norm_silu(larger, None, bias=self.conv.bias, out=larger).unflatten(0, rows.shape[:2]).movedim(-1, 1)
 
 
+def convolutions(decoder: nn.Module) -> int:
+    """How many causal convolutions a decoder has, in either form: the places of its memory."""
+    return sum(isinstance(m, CausalConv) or type(m).__name__ == "WanCausalConv3d" for m in decoder.modules())
+
+
 def rearrange(decoder: nn.Module) -> None:
     """Put these in place of diffusers' modules, weights with their channels last in memory; again: nothing.
 
-    What the decoder computes stays the same, for a batch of one video.
+    What the decoder computes stays the same, for a batch of one video; there are no gradients any more.
     """
     if isinstance(decoder.nonlinearity, nn.SiLU) and not isinstance(decoder.norm_out, ChannelNorm):
         decoder.norm_out, decoder.nonlinearity = ChannelNorm(decoder.norm_out, silu=True), nn.Identity()

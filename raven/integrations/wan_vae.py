@@ -6,6 +6,7 @@ are kept between chunks, one set a video, so a video decoded in pieces is the vi
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from os import PathLike
 from typing import Any
 
@@ -13,19 +14,20 @@ import torch
 
 from raven.errors import check_shape
 from raven.integrations import need, part_of
-from raven.integrations.wan_decoder import rearrange
+from raven.integrations.wan_decoder import convolutions, rearrange
 
 
 class WanVAE:
     """Latents to pixels for a batch of videos that grow chunk by chunk.
 
-    ``vae``: an ``AutoencoderKLWan``; only its decoder is used. Latents are as the transformer has them: the config's
-    ``latents_mean`` and ``latents_std`` are put back here.
+    ``vae``: an ``AutoencoderKLWan``; only its decoder is used, which on a GPU is changed in place for speed and has no
+    gradients from then on. Computed in the decoder's dtype, also under ``torch.autocast``. Latents are as the
+    transformer has them: the config's ``latents_mean`` and ``latents_std`` are put back here.
     """
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae.eval().requires_grad_(False)
-        self._convolutions = sum(type(m).__name__ == "WanCausalConv3d" for m in vae.decoder.modules())
+        self._convolutions = convolutions(vae.decoder)
         if vae.device.type == "cuda":
             rearrange(vae.decoder)
         self.channels: int = vae.config.z_dim
@@ -99,9 +101,10 @@ class WanVAE:
             raise ValueError(f"latents: got {latents.shape[0]} videos, expected {len(self._features)} as before")
         wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
         z = (wide * self._std + self._mean).to(self.vae.dtype)
-        return torch.stack(
-            [self._decode_one(video[None], features, begins) for video, features in zip(z, self._features, strict=True)]
-        )
+        kind = z.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            videos = zip(z, self._features, strict=True)
+            return torch.stack([self._decode_one(video[None], features, begins) for video, features in videos])
 
     def _decode_one(self, z: torch.Tensor, features: list[Any], begins: bool) -> torch.Tensor:
         """One video at a time and frame by frame: the widest layers are what limits the memory."""

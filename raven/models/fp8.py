@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torch.nn.modules.module as _everywhere
 from torch import nn
 
 from raven import backends
@@ -149,11 +150,12 @@ class Float8MLP(nn.Module):
 def takes_rows(module: nn.Module, name: str) -> bool:
     """Whether the input of ``module``, which only its linear layer ``name`` reads, may be ``Float8Rows``.
 
-    Not where a hook would see it, or where the layer is another one (as by an adapter).
+    Not where a hook or another ``forward`` would see it, or where the layer is another one (as by an adapter).
     """
     layer = module._modules.get(name)
-    heard = any(m._forward_hooks or m._forward_pre_hooks for m in (module, layer) if m is not None)
-    return type(layer) is Float8Linear and not heard
+    if type(layer) is not Float8Linear or _everywhere._global_forward_hooks or _everywhere._global_forward_pre_hooks:
+        return False
+    return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in (module, layer))
 
 
 @torch.no_grad()

@@ -221,7 +221,7 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """Self-attention of ``x`` ``[B, L, dim]`` before its output projection; ``table`` ``[B, segments, 6, dim]``."""
         shift, scale, dtype = table[:, :, 0], table[:, :, 1], _product_dtype(x)
-        if takes_rows(self.self_attn, "qkv"):
+        if takes_rows(self.self_attn, "qkv") and not _differentiated(x):
             y = Float8Rows(*modulate(x, shift, scale, lengths, self.eps, dtype, quantize=True), dtype)
         else:
             y = modulate(x, shift, scale, lengths, self.eps, dtype)
@@ -263,7 +263,7 @@ class Block(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | Float8Rows]:
         """``gated_residual`` and the norm, quantised where that is what ``module`` takes."""
         dtype = _product_dtype(x)
-        if not takes_rows(module, layer):
+        if not takes_rows(module, layer) or _differentiated(x):
             return gated_residual(x, *args, **tables, eps=self.eps, dtype=dtype)
         x, y, y_scale = gated_residual(x, *args, **tables, eps=self.eps, dtype=dtype, quantize=True)
         return x, Float8Rows(y, y_scale, dtype)
@@ -271,6 +271,11 @@ class Block(nn.Module):
     def table(self, levels: torch.Tensor) -> torch.Tensor:
         """Shifts, scales and gates of this block ``[B, segments, 6, dim]`` from the time projection (same shape)."""
         return levels + self.modulation  # widened inside the sum, by one kernel
+
+
+def _differentiated(x: torch.Tensor) -> bool:
+    """Float8 layers refuse such tensors, in words of their own."""
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 class Head(nn.Module):

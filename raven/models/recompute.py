@@ -48,8 +48,8 @@ class RecomputedBlock(Block):
         keep: Packing | LastSegment | None = None,
         mode: str = "none",
         attention_only: bool = False,
-    ) -> torch.Tensor:
-        """As ``Block``; ``mode`` is one of ``MODES``. ``attention_only`` ends before the attention's projection.
+    ) -> torch.Tensor | None:
+        """As ``Block``; ``mode`` is one of ``MODES``. ``attention_only``: what ``attend`` writes is all.
 
         The second run may leave out what only the result's values need.
 
@@ -57,7 +57,8 @@ class RecomputedBlock(Block):
         no graph, so it takes the paths that need none. ``attend`` must call its keyword argument ``attention`` once.
         """
         if attention_only:
-            return self.attention(x, self.table(levels), lengths, layer, attend)
+            self.attention(x, self.table(levels), lengths, layer, attend)
+            return None  # nothing that a hook could take for the block's result
         once = super().forward
         if mode == "none":
             return once(x, levels, lengths, text, layer, attend, keep)
@@ -100,7 +101,8 @@ class _Checkpointed(torch.autograd.Function):
         if [weight.data_ptr() for weight in ctx.weights()] != [weight.data_ptr() for weight in tensors[4:]]:
             raise RuntimeError(
                 "gradient_checkpointing: the block has other weights in the backward pass than it had in the forward "
-                "pass (torch.func.functional_call swaps them), expected the same ones; 'none' needs no second run"
+                "pass (torch.func.functional_call swaps them, hooks on saved tensors copy them), expected the same "
+                "ones; 'none' needs no second run"
             )
         inputs = [x.detach().requires_grad_(need) for x, need in zip(tensors[:4], needed[:4], strict=True)]
         with torch.enable_grad(), ctx.autocast():

@@ -31,8 +31,8 @@ def norm_silu(
         weight: ``[C]`` in x's dtype, or ``None``.
         bias: ``[C]`` in x's dtype, such as a convolution's that was left out of it.
         residual: as x.
-        out: where the result goes, shaped as x; may be x or residual. With more channels than x, those beyond become
-            zero, as a convolution over padded channels wants them. ``None``: new memory, packed.
+        out: where the result goes, shaped as x; may be x or residual, but no part of them. With more channels than x,
+            those beyond become zero, as a convolution over padded channels wants them. ``None``: new memory, packed.
 
     Returns:
         ``out``.
@@ -91,9 +91,9 @@ def _triton_reason(x: object = None, out: object = None, *others: object) -> str
     for name, tensor in (("x", x), ("out", out)):
         if isinstance(tensor, torch.Tensor) and not 1 <= tensor.shape[-1] <= MAX_CHANNELS:
             return f"{name} has rows of {tensor.shape[-1]} channels, not 1 to {MAX_CHANNELS}"
-    for tensor in (x, out, *others):
+    for name, tensor in zip(("x", "out", "weight", "bias", "residual"), (x, out, *others), strict=False):
         if isinstance(tensor, torch.Tensor) and not tensor.is_contiguous():
-            return f"a tensor has strides {tensor.stride()}, and rows must be packed"
+            return f"{name} has strides {tensor.stride()}, and rows must be packed"
     return backends.triton_reason(x, out, *others)
 
 

@@ -53,12 +53,15 @@ def check_same_tensors(what: str, saved: Any, current: Mapping[str, torch.Tensor
     """Raise ``ValueError`` unless ``saved`` has the names and shapes of ``current``; done before any is replaced."""
     if not isinstance(saved, Mapping):
         raise ValueError(f"{what}: got {type(saved).__name__} in place of saved tensors, expected a dict of them")
-    if differing := sorted(saved.keys() ^ current.keys()):
+    if differing := sorted(saved.keys() ^ current.keys(), key=str):
         given = "more" if differing[0] in saved else "no"
         raise ValueError(f"{what}: got {given} {differing[0]!r}, expected the {len(current)} tensors of this model")
     for name, tensor in current.items():
-        if tuple(saved[name].shape) != tuple(tensor.shape):
-            raise ValueError(f"{what}: got {name} {tuple(saved[name].shape)}, expected {tuple(tensor.shape)}")
+        shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in (saved[name], tensor)]
+        if shapes[0] != shapes[1]:  # none: a module's extra state, which is its own affair
+            pairs = zip(shapes, (saved[name], tensor), strict=True)
+            got, expected = (type(x).__name__ if shape is None else shape for shape, x in pairs)
+            raise ValueError(f"{what}: got {name} {got}, expected {expected}")
 
 
 def check_same_config(saved: dict[str, Any], current: dict[str, Any]) -> None:

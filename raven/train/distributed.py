@@ -50,7 +50,9 @@ def process_group(device: str | torch.device | None = None) -> Iterator[torch.de
     if kind == "cuda":
         index = torch.device(device).index if device is not None else None
         if index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
-            raise ValueError(f"device: got {device!r} in each of several processes, expected 'cuda' (a GPU for each)")
+            raise ValueError(
+                f"device: got {device!r} under torchrun, expected 'cuda' (each process takes the GPU of its LOCAL_RANK)"
+            )
         index = local if index is None else index
         if index >= torch.cuda.device_count():
             raise ValueError(f"device: got cuda:{index}, expected an index below {torch.cuda.device_count()}")

@@ -109,7 +109,7 @@ def read_metrics(path: str | os.PathLike[str], until: int | None = None) -> list
     records = []
     path = Path(path)
     if path.exists():
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
             if not line.endswith("\n"):
                 break
             record = _record(line)

@@ -91,7 +91,14 @@ class PromptFile:
         names, rows = [*prompts], [*embeddings]
         if negative is not None:
             names, rows = [*names, "negative"], [*rows, negative]
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"prompts: got {str(list(prompts))[:60]}, expected texts")
         for name, embedding in zip(names, rows, strict=True):
+            if not isinstance(embedding, torch.Tensor):
+                raise TypeError(f"embedding of {name!r}: got {type(embedding).__name__}, expected a tensor")
+            if embedding.ndim == 0 or not embedding.is_floating_point():
+                got = f"{str(embedding.dtype).removeprefix('torch.')} of shape {tuple(embedding.shape)}"
+                raise ValueError(f"embedding of {name!r}: got {got}, expected floating-point [n, text_dim]")
             _padded(embedding, len(embedding), name)
         _check_widths(names, rows)
         tensors = {str(i): embedding.contiguous() for i, embedding in enumerate(embeddings)}
