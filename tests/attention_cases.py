@@ -1,6 +1,7 @@
 """Layouts, random spans and arguments of chunk_attention, and its results held against a dense mask in float64."""
 
 import random
+from contextlib import contextmanager
 
 import torch
 
@@ -130,3 +131,13 @@ def check_strided(device, dtype, same, layout):
     assert want.any()
     for inputs in (fused, head_major, last_strided):
         same(chunk_attention(*inputs, layout), want)
+
+
+@contextmanager
+def deterministic():
+    """PyTorch's deterministic algorithms, as a training script asks for them."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,10 +1,18 @@
 """chunk_attention: the kernels against a dense mask in float64, in Triton's interpreter and on a GPU."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
-from attention_cases import LAYOUTS, SHORT, check, check_nan_outside, check_spans, check_strided, make, want_of
+from attention_cases import (
+    LAYOUTS,
+    SHORT,
+    check,
+    check_nan_outside,
+    check_spans,
+    check_strided,
+    deterministic,
+    make,
+    want_of,
+)
 
 import raven
 from raven.layout import ChunkLayout
@@ -69,16 +77,6 @@ def test_interpreted_nan_outside(triton_backend):
 @pytest.mark.gpu
 def test_gpu_nan_outside():
     check_nan_outside("cuda", torch.bfloat16)
-
-
-@contextmanager
-def deterministic():
-    """Gradients repeat bit for bit; otherwise the order in which parts of dq are added is left to chance."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def check_batch_bits(device, dtype, layout):

@@ -191,7 +191,8 @@ def _chunk_attention_backward(
     if backend == "cuda":
         with torch.cuda.device_of(q):
             return cuda_backward.backward(grad_out, grad_lse, q, k, v, out, lse, spans, scale)
-    from raven.kernels import chunk_attention as kernels
+    from raven.kernels import chunk_attention_backward as kernels
+    from raven.kernels.chunk_attention import capability
 
     ranges = _contents(*spans)
     complete = _covered(ranges[0]) == q.shape[1]
@@ -199,7 +200,7 @@ def _chunk_attention_backward(
     keys = _transposed(*ranges)
     make = torch.empty if _covered(keys[0]) == k.shape[1] else torch.zeros
     dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    q_config, k_config = kernels.backward_configs(q.shape[-1], q.dtype, kernels.capability(q))
+    q_config, k_config = kernels.backward_configs(q.shape[-1], q.dtype, capability(q))
     q_tiles = held_by_graphs(_device_plan(*ranges, q_config.block_q, q_config.block_k, q.device))
     k_tiles = held_by_graphs(_device_plan(*keys, k_config.block_k, k_config.block_q, q.device))
     grads = (dq, dk, dv)

@@ -203,7 +203,7 @@ def _qk_norm_rope_backward(
     if backend == "cuda":
         run = _cuda_backward
     elif backend == "triton":
-        from raven.kernels.qk_norm_rope import backward as run
+        from raven.kernels.qk_norm_rope_backward import backward as run
     else:
         run = reference.qk_norm_rope_backward
     dq, dk, dq_weight, dk_weight = run(

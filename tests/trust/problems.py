@@ -1,7 +1,5 @@
 """Attention problems on the GPU with three answers: the op's, float64's by a dense mask, and PyTorch's own."""
 
-from contextlib import contextmanager
-
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -14,16 +12,6 @@ from raven.testing import Tolerance, assert_as_accurate, poison_freed_memory, ra
 COMBINATIONS = ((torch.bfloat16, 128, 4, 2), (torch.float16, 64, 2, 2))
 GRADS = ("dq", "dk", "dv")
 FLOAT32_NOISE = 2.0**-20  # relative to the terms of a sum
-
-
-@contextmanager
-def deterministic():
-    """PyTorch's deterministic algorithms, as a training script asks for them."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 class Problem:

@@ -4,7 +4,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from problems import Problem, deterministic
+from attention_cases import deterministic
+from problems import Problem
 
 import raven
 from raven.layout import ChunkLayout, Document, Segment

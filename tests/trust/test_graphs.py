@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from attention_cases import deterministic
 from jobs import JOBS, Pressure, make
-from problems import deterministic
 
 import raven
 from raven.cache import KVCache

@@ -4,7 +4,8 @@ import random
 
 import pytest
 import torch
-from problems import GRADS, Problem, deterministic
+from attention_cases import deterministic
+from problems import GRADS, Problem
 
 from raven.testing import KINDS, assert_bitwise
 

@@ -4,8 +4,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from attention_cases import deterministic
 from jobs import JOBS, Pressure, make
-from problems import Problem, deterministic
+from problems import Problem
 
 from raven.layout import ChunkLayout
 from raven.testing import RandomMask, assert_bitwise, relative_rms
